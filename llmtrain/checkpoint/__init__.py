@@ -1,0 +1,1 @@
+"""Weights in and out: checkpoints, manifests, Hugging Face folders."""

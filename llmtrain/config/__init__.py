@@ -1,0 +1,1 @@
+"""YAML files become validated, typed, frozen configs. Knows nothing of models or training."""

@@ -1,0 +1,9 @@
+"""The one exception that means: the user can mend this."""
+
+
+class UserError(Exception):
+    """Something that the user can mend: a recipe, a path, a missing package.
+
+    The message names the file, the key or the row, the value, and what to do. Entry points print it without a
+    traceback and exit with code 2.
+    """

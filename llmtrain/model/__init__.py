@@ -1,0 +1,1 @@
+"""Tokens become logits and a loss: the MPT family in plain torch."""

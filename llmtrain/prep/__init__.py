@@ -1,0 +1,1 @@
+"""Raw text becomes MDS shards. Imports neither torch nor streaming, so that it starts at once."""

@@ -1,0 +1,1 @@
+"""The training recipe: every key that a training YAML may hold."""

@@ -1,0 +1,1 @@
+"""A Recipe becomes a Composer Trainer. The only folder that imports Composer."""
