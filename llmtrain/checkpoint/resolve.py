@@ -1,0 +1,113 @@
+"""Which checkpoint is meant: the newest complete one, found by looking, never by trusting the ``latest`` link."""
+
+import logging
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmtrain.checkpoint import manifest
+from llmtrain.errors import UserError
+
+log = logging.getLogger(__name__)
+
+CHECKPOINTS = "checkpoints"
+LATEST = "latest"
+_NAME = re.compile(r"^ep(\d+)-ba(\d+)$")
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """A checkpoint folder as it lies on disk; its files are not verified yet."""
+
+    path: Path
+    step: int
+    """Finished optimizer steps: from the manifest, or from the folder's name when the manifest is unusable."""
+    manifest: manifest.Manifest | None
+    problem: str | None
+    """Why the manifest is unusable; None when it is fine."""
+
+
+def checkpoints_in(folder: Path) -> list[CheckpointInfo]:
+    """List the checkpoints of a ``checkpoints/`` folder, the newest (by step) first, complete or not.
+
+    Links (``latest``) and hidden folders (``.saving-...``: a save that was cut off) are no checkpoints.
+    """
+    found = []
+    if not folder.is_dir():
+        return []
+    for entry in folder.iterdir():
+        name = _NAME.match(entry.name)
+        if entry.name.startswith(".") or entry.is_symlink() or not entry.is_dir():
+            continue
+        if name is None and not (entry / manifest.MANIFEST).is_file():
+            continue
+        try:
+            content = manifest.read(entry)
+            found.append(CheckpointInfo(entry, content.step, content, None))
+        except manifest.ManifestError as error:
+            found.append(CheckpointInfo(entry, int(name[2]) if name else -1, None, str(error)))
+    # Two epochs can hold the same step number only across runs; the name decides then, so that the order is stable.
+    return sorted(found, key=lambda info: (info.step, info.path.name), reverse=True)
+
+
+def newest_complete(folder: Path, say: Callable[[str], None]) -> Path | None:
+    """Find the newest checkpoint whose every file has the size and the hash that its manifest gives.
+
+    Args:
+        folder: A ``checkpoints/`` folder.
+        say: Receives one line for each newer checkpoint that was refused, with the reason.
+
+    Returns:
+        The checkpoint's folder, or None. None with ``checkpoints_in(folder)`` not empty means that all are damaged:
+        a trainer must not start from scratch then.
+    """
+    for info in checkpoints_in(folder):
+        problems = [info.problem] if info.problem else manifest.verify(info.path)
+        if not problems:
+            return info.path
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        say(f"checkpoint {info.path.name} is refused: {problems[0]}{more}")
+    return None
+
+
+def locate(run_or_checkpoint: Path, say: Callable[[str], None] = log.warning) -> Path:
+    """Turn what a user points at into one checkpoint: a folder (sharded or full) or a ``.pt`` file.
+
+    Accepts a run folder, its ``checkpoints/`` folder, one checkpoint's folder, the ``latest`` link (which means the
+    newest complete checkpoint beside it, wherever the link points) or a ``.pt`` file.
+
+    Raises:
+        UserError: nothing is there, or no checkpoint there is complete.
+    """
+    path = run_or_checkpoint
+    if path.name == LATEST and path.is_symlink():
+        return locate(path.parent, say)
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise UserError(f"{path}: no such file or folder. Give a run folder, a checkpoint folder or a .pt file.")
+    if is_checkpoint(path):
+        return path
+    folder = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
+    newest = newest_complete(folder, say)
+    if newest is not None:
+        return newest
+    refused = checkpoints_in(folder)
+    if refused:
+        names = ", ".join(info.path.name for info in refused)
+        raise UserError(f"{folder}: no complete checkpoint: {names} are damaged or were never finished.")
+    if _NAME.match(path.name):
+        raise UserError(f"{path}: an empty or unfinished checkpoint (neither {manifest.MANIFEST} nor .metadata).")
+    raise UserError(f"{path}: holds no checkpoint. Give a run folder, a checkpoint folder or a .pt file.")
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether the folder itself is a checkpoint (ours, or another trainer's sharded one), complete or not."""
+    return (folder / manifest.MANIFEST).is_file() or (folder / ".metadata").is_file()
+
+
+def run_folder(checkpoint: Path) -> Path | None:
+    """The run that a checkpoint belongs to: RUN of RUN/checkpoints/epE-baB, or None when it stands alone."""
+    parent = checkpoint.resolve().parent
+    return parent.parent if parent.name == CHECKPOINTS else None
