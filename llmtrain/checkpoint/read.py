@@ -1,0 +1,143 @@
+"""Weights out of a training checkpoint: sharded or full, ours or another Composer trainer's (llm-foundry)."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from llmtrain.checkpoint import manifest
+from llmtrain.checkpoint.names import check_shapes, strip_wrappers
+from llmtrain.checkpoint.resolve import locate, run_folder
+from llmtrain.checkpoint.sharded import ShardedTensors
+from llmtrain.checkpoint.unpickle import load_full
+from llmtrain.errors import UserError
+from llmtrain.model.config import MPTConfig
+
+log = logging.getLogger(__name__)
+
+_SHARDED_PREFIX = "state.model."
+
+
+def read_weights(path: Path, *, recipe: Path | None = None) -> tuple[MPTConfig, dict[str, Tensor]]:
+    """Read the model, and only the model, of a checkpoint: on the CPU, in the dtype that was saved.
+
+    No process group, no GPU, and not the number of ranks that wrote it. A checkpoint with a manifest is verified
+    first; one without (another trainer's) is read with a warning. Nothing in the files is run.
+
+    Args:
+        path: A checkpoint folder or ``.pt`` file, or anything else that :func:`locate` understands.
+        recipe: The YAML file with the model's config; needed where the checkpoint does not carry one.
+
+    Returns:
+        The config, and the parameters by MPT's own names (``transformer.wte.weight``, ...), complete and of the
+        config's shapes.
+
+    Raises:
+        UserError: damaged files, code in a pickle, no config, or parameters that do not fit the config.
+    """
+    source = locate(path)
+    folder = source if source.is_dir() else source.parent
+    content = _verified_manifest(folder, source)
+    config = _config(source, content, recipe)
+    if source.is_dir() and (content is None or content.kind == "sharded"):
+        tensors = _read_sharded(source, config)
+    else:
+        tensors = _read_full(source if source.is_file() else _full_file(folder, content), config)
+    return config, tensors
+
+
+def recipe_of(path: Path, recipe: Path | None = None) -> dict[str, Any] | None:
+    """The resolved recipe that belongs to a checkpoint: the given file, the manifest's, or the run's ``recipe.yaml``.
+
+    Returns:
+        The recipe as plain data, or None when there is none.
+    """
+    folder = path if path.is_dir() else path.parent
+    if recipe is not None:
+        return _load_recipe(recipe)
+    if (folder / manifest.MANIFEST).is_file():
+        return manifest.read(folder).recipe
+    run = run_folder(folder)
+    beside = [place / "recipe.yaml" for place in (folder, *([run] if run else []))]
+    for candidate in beside:
+        if candidate.is_file():
+            return _load_recipe(candidate)
+    return None
+
+
+def _load_recipe(path: Path) -> dict[str, Any]:
+    from llmtrain.recipe.load import load_recipe
+
+    return load_recipe(path).model_dump(mode="json")
+
+
+def _verified_manifest(folder: Path, source: Path) -> manifest.Manifest | None:
+    if not (folder / manifest.MANIFEST).is_file():
+        log.warning("%s has no %s: its files cannot be verified.", source, manifest.MANIFEST)
+        return None
+    problems = manifest.verify(folder)
+    if problems:
+        raise UserError(f"{folder} is damaged: " + "; ".join(problems))
+    return manifest.read(folder)
+
+
+def _config(source: Path, content: manifest.Manifest | None, recipe: Path | None) -> MPTConfig:
+    data = content.recipe if content is not None and recipe is None else recipe_of(source, recipe)
+    if data is None:
+        raise UserError(
+            f"{source}: the checkpoint does not say which model it holds (no {manifest.MANIFEST}, no recipe.yaml). "
+            "Pass its recipe: --recipe yamls/x.yaml"
+        )
+    block = data.get("model")
+    if not isinstance(block, dict):
+        raise UserError(f"{source}: its recipe has no `model:` block. Pass another: --recipe yamls/x.yaml")
+    try:
+        return MPTConfig.model_validate(block)
+    except ValidationError as error:
+        lines = "; ".join(f"model.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise UserError(f"{source}: the model in its recipe cannot be built: {lines}") from None
+
+
+def _full_file(folder: Path, content: manifest.Manifest | None) -> Path:
+    names = [name for name in (content.files if content else ()) if name.endswith(".pt")]
+    if len(names) != 1:
+        raise UserError(f"{folder}: expected one .pt file in a full checkpoint, found {len(names)}: {names}")
+    return folder / names[0]
+
+
+def _read_sharded(folder: Path, config: MPTConfig) -> dict[str, Tensor]:
+    stored = ShardedTensors(folder)
+    inside = [name for name in stored if name.startswith(_SHARDED_PREFIX)]
+    if not inside:
+        raise UserError(f"{folder}: holds no `{_SHARDED_PREFIX}*` tensors; it is no Composer checkpoint of a model.")
+    names = strip_wrappers(name.removeprefix(_SHARDED_PREFIX) for name in inside)
+    if config.tie_word_embeddings and "lm_head.weight" in names and "transformer.wte.weight" in names:
+        head, table = (stored.read(_SHARDED_PREFIX + names[n]) for n in ("lm_head.weight", "transformer.wte.weight"))
+        _drop_tied_head(head, table, folder)
+        del names["lm_head.weight"]
+    check_shapes(config, {own: stored.shape(_SHARDED_PREFIX + name) for own, name in names.items()}, str(folder))
+    return {own: stored.read(_SHARDED_PREFIX + name) for own, name in names.items()}
+
+
+def _read_full(path: Path, config: MPTConfig) -> dict[str, Tensor]:
+    content = load_full(path)
+    state = content.get("state") if isinstance(content, dict) else None
+    state = state.get("model") if isinstance(state, dict) else content
+    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+        raise UserError(f"{path}: holds neither a Composer checkpoint (['state']['model']) nor a plain state dict.")
+    tensors: dict[str, Tensor] = {own: state[name] for own, name in strip_wrappers(state).items()}
+    if config.tie_word_embeddings and "lm_head.weight" in tensors and "transformer.wte.weight" in tensors:
+        _drop_tied_head(tensors.pop("lm_head.weight"), tensors["transformer.wte.weight"], path)
+    check_shapes(config, {name: value.shape for name, value in tensors.items()}, str(path))
+    return tensors
+
+
+def _drop_tied_head(head: Tensor, table: Tensor, where: Path) -> None:
+    if not torch.equal(head, table):
+        raise UserError(
+            f"{where}: holds an lm_head of its own, different from the embedding, but the config ties them; set "
+            "`tie_word_embeddings: false` in the model's recipe."
+        )

@@ -1,0 +1,143 @@
+"""Reading pickles without running them: the metadata of sharded checkpoints, and full ``.pt`` checkpoints.
+
+A pickle is a program. ``torch.distributed.checkpoint`` loads ``.metadata`` with a bare ``pickle.load`` and Composer
+loads full checkpoints with ``weights_only=False``; both run whatever the file says (shown by experiment). Here only
+the classes that such files really consist of are known; any other name ends the reading with a message.
+"""
+
+import contextlib
+import datetime
+import enum
+import pathlib
+import pickle
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.distributed.checkpoint import filesystem
+from torch.distributed.checkpoint import metadata as dcp
+from torch.torch_version import TorchVersion
+
+from llmtrain.errors import UserError
+
+_HOW_TO = (
+    "A file of tensors has no use for it, and running it would run the file's own code, so it is not loaded. If you "
+    "trust the file, convert it to safetensors where it was made."
+)
+
+
+def read_metadata(folder: Path) -> dcp.Metadata:
+    """Read ``.metadata`` of a torch.distributed.checkpoint folder, allowing nothing but metadata in it.
+
+    Raises:
+        UserError: it is missing, damaged, or names a global that metadata does not need (the global is named).
+    """
+    path = folder / ".metadata"
+    try:
+        with path.open("rb") as file:
+            content = _MetadataUnpickler(file, path).load()
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"{folder}: no .metadata; this is no complete sharded checkpoint.") from None
+    except Exception as error:  # a damaged pickle can raise nearly anything
+        raise UserError(f"{path}: cannot be read, the file is damaged ({type(error).__name__}: {error}).") from None
+    if not isinstance(content, dcp.Metadata):
+        raise UserError(f"{path}: holds a {type(content).__name__} instead of checkpoint metadata.")
+    return content
+
+
+def load_full(path: Path) -> Any:
+    """``torch.load`` of a full checkpoint with ``weights_only``, on the CPU, its tensors mapped instead of read.
+
+    Allowed besides torch's own list: what Composer stores beside the weights (time spans, versions, numpy's random
+    state).
+
+    Raises:
+        UserError: the file is damaged, or names a global outside the list (the global is named).
+    """
+    with torch.serialization.safe_globals(_full_checkpoint_globals()):
+        try:
+            try:
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError as error:
+                if "mmap" not in str(error):
+                    raise
+                return torch.load(path, map_location="cpu", weights_only=True)  # the format before torch 1.6
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such file.") from None
+        except pickle.UnpicklingError as error:
+            raise UserError(_refusal(path, error)) from None
+        except Exception as error:  # a damaged archive can raise nearly anything
+            first_line = str(error).strip().splitlines()[0] if str(error).strip() else ""
+            raise UserError(
+                f"{path}: cannot be read, it is damaged or is no checkpoint ({type(error).__name__}: {first_line})"
+            ) from None
+
+
+def _refusal(path: Path, error: Exception) -> str:
+    unsafe: list[str] = []
+    with contextlib.suppress(Exception):
+        unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+    if unsafe:
+        return f"{path}: refused, it names `{'`, `'.join(sorted(set(unsafe)))}`. {_HOW_TO}"
+    text = " ".join(str(error).split())
+    marker = text.find("Unsupported")
+    return f"{path}: refused: {text[marker if marker >= 0 else 0 :][:200]}. {_HOW_TO}"
+
+
+def _full_checkpoint_globals() -> list[Any]:
+    # numpy moved numpy.core to numpy._core; files carry either name, whichever numpy reads them.
+    reconstruct = np.empty(0).__reduce__()[0]
+    scalar = np.float32(0).__reduce__()[0]
+    allowed: list[Any] = [datetime.timedelta, TorchVersion, np.ndarray, np.dtype]
+    allowed += [type(np.dtype(kind)) for kind in ("f8", "f4", "f2", "i8", "i4", "u8", "u4", "u1", "?")]
+    for package in ("numpy.core", "numpy._core"):
+        allowed.append((reconstruct, f"{package}.multiarray._reconstruct"))
+        allowed.append((scalar, f"{package}.multiarray.scalar"))
+    return allowed
+
+
+def _member_of_enum(owner: Any, name: str) -> Any:
+    """What pickled enum members may use of ``getattr`` (Python 3.11 and 3.12 pickle them so): nothing else."""
+    if isinstance(owner, type) and issubclass(owner, enum.Enum) and name in owner.__members__:
+        return owner[name]
+    raise pickle.UnpicklingError("getattr on something that is no enum")
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    _classes: tuple[type, ...] = (
+        dcp.Metadata,
+        dcp.MetadataIndex,
+        dcp.TensorStorageMetadata,
+        dcp.BytesStorageMetadata,
+        dcp.ChunkStorageMetadata,
+        dcp.TensorProperties,
+        dcp._MEM_FORMAT_ENCODING,
+        dcp.StorageMeta,
+        filesystem._StorageInfo,
+        torch.Size,
+        OrderedDict,
+    )
+
+    def __init__(self, file: Any, path: Path):
+        super().__init__(file)
+        self._path = path
+        self._allowed: dict[tuple[str, str], Any] = {(c.__module__, c.__qualname__): c for c in self._classes}
+        self._allowed["torch.serialization", "_get_layout"] = torch.serialization._get_layout
+        self._allowed["builtins", "getattr"] = _member_of_enum
+        for module in ("pathlib", "pathlib._local"):
+            # As text-only paths: a checkpoint from Windows reads on Linux, and nothing can touch the disk.
+            self._allowed[module, "PosixPath"] = self._allowed[module, "PurePosixPath"] = pathlib.PurePosixPath
+            self._allowed[module, "WindowsPath"] = self._allowed[module, "PureWindowsPath"] = pathlib.PureWindowsPath
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        found: Callable[..., Any] | None = self._allowed.get((module, name))
+        if found is None:
+            raise UserError(f"{self._path}: refused, it names `{module}.{name}`. {_HOW_TO}")
+        return found
