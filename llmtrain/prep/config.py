@@ -1,0 +1,136 @@
+"""What a data recipe (`data_prep/*.yaml`) may say."""
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from llmtrain.config.base import Config
+
+_SHARD_LIMIT = 2**32  # MDS keeps the offsets of samples in uint32
+
+
+class TokenizerTraining(Config):
+    """A byte-level BPE tokenizer, trained on the training documents of this very recipe."""
+
+    vocab_size: int = Field(ge=257)
+    """Ids, the special tokens and the 256 bytes included."""
+    eos_token: str = "<|endoftext|>"
+    """Stands between documents; also the tokenizer's BOS, padding and unknown token, as in GPT-2 and GPT-NeoX."""
+    special_tokens: list[str] = Field(default_factory=list)
+    """Further tokens that are never split (`<|im_start|>`)."""
+    max_bytes: int = Field(default=10_000_000, gt=0)
+    """Text to train on: each source gives the same share of it, from its beginning."""
+    min_frequency: int = Field(default=2, ge=1)
+    """A pair of tokens that occurs less often is not merged."""
+
+
+class PrepTokenizer(Config):
+    """An existing tokenizer by `name`, or one that is trained here."""
+
+    name: str | None = None
+    """A name on the Hugging Face hub, or a local folder with a `tokenizer.json`."""
+    train: TokenizerTraining | None = None
+    """Train one; it is written to `OUT/tokenizer`."""
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Self:
+        if (self.name is None) == (self.train is None):
+            raise ValueError("give either name (an existing tokenizer) or train (a new one)")
+        return self
+
+
+class SourceConfig(Config):
+    """Where documents come from: files (`files`), or a dataset of the Hugging Face hub (`hf_name`)."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Names the source in messages and totals, and its folder under `split_by_source`. Also decides, with a
+    document's number, whether the document is for training or validation."""
+    files: list[str] | None = None
+    """Paths and globs (`**` for any depth). `{stdlib}` stands for the folder of Python's standard library."""
+    exclude: list[str] = Field(default_factory=list)
+    """Globs of files to leave out; also with `{stdlib}`."""
+    format: Literal["auto", "text", "jsonl", "parquet", "python_literals"] = "auto"
+    """`auto` goes by the name: `.jsonl`/`.json`, `.parquet`, anything else is text, one document a file; `.gz` and
+    `.zst` are decompressed. `python_literals`: each string of the dict that a Python file assigns is a document."""
+    order: Literal["name", "shuffled"] = "name"
+    """Order of the files: by path, or shuffled in an order that depends on the paths alone."""
+    hf_name: str | None = None
+    """Dataset for `datasets.load_dataset`, read as a stream: nothing is downloaded beforehand."""
+    split: str = "train"
+    """Split of the Hugging Face dataset."""
+    hf_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of `load_dataset` (`name: en`, `data_dir: ...`)."""
+    text_column: str = "text"
+    """Column or key with the text."""
+    proportion: float | None = Field(default=None, gt=0)
+    """Share of this source in training. The loader does the mixing, so it needs `split_by_source: true`."""
+    max_documents: int | None = Field(default=None, gt=0)
+    """Stop after this many documents."""
+    max_bytes: int | None = Field(default=None, gt=0)
+    """Stop before the document (UTF-8) that would go beyond this many bytes."""
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if (self.files is None) == (self.hf_name is None):
+            raise ValueError("give either files or hf_name")
+        if self.files is not None and not self.files:
+            raise ValueError("files is empty")
+        if self.hf_name is None and self.hf_kwargs:
+            raise ValueError("hf_kwargs needs hf_name")
+        if {"streaming", "split", "trust_remote_code"} & set(self.hf_kwargs):
+            raise ValueError("hf_kwargs may not set streaming, split or trust_remote_code")
+        return self
+
+
+class PrepRecipe(Config):
+    """Raw text to MDS shards: documents are tokenised, joined with EOS and cut to `max_seq_len`."""
+
+    out: str = Field(min_length=1)
+    """Folder to make."""
+    max_seq_len: int = Field(gt=1)
+    """Tokens in a row of the shards."""
+    tokenizer: PrepTokenizer
+    """The tokenizer."""
+    sources: list[SourceConfig] = Field(min_length=1)
+    """The corpora, read in this order."""
+    val_fraction: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the documents that goes to `val` instead of `train`: decided by a hash of source and document number."""
+    eos: bool = True
+    """End each document with the tokenizer's EOS."""
+    bos: bool = False
+    """Begin each document with the tokenizer's BOS."""
+    min_tokens: int = Field(default=1, ge=1)
+    """Drop documents with fewer tokens (EOS and BOS not counted)."""
+    split_by_source: bool = False
+    """Write `OUT/SOURCE/train` for each source instead of one `OUT/train`, for mixtures."""
+    compression: str | None = Field(default="zstd:1", pattern=r"^zstd(:([1-9]|1[0-9]|2[0-2]))?$")
+    """`zstd:LEVEL`, or null."""
+    hashes: list[Literal["md5", "sha1", "sha256", "sha512", "xxh32", "xxh64", "xxh128", "xxh3_64", "xxh3_128"]] = Field(
+        default_factory=lambda: ["xxh64"]  # type: ignore[arg-type]
+    )
+    """Hashes of each shard that go to the index; the loader checks what it downloads against them."""
+    size_limit: int = Field(default=1 << 26, gt=0, lt=_SHARD_LIMIT)
+    """Most bytes in a shard, uncompressed."""
+    overwrite: bool = False
+    """Replace what an earlier, different `llmtrain prep` wrote to `out`."""
+    variables: dict[str, Any] = Field(default_factory=dict)
+    """Free-form values for `${variables.x}`."""
+
+    @field_validator("hashes")
+    @classmethod
+    def _sorted_and_unique(cls, hashes: list[Any]) -> list[Any]:
+        return sorted(set(hashes))  # what Streaming demands
+
+    @model_validator(mode="after")
+    def _sources_fit(self) -> Self:
+        names = [source.name for source in self.sources]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"sources share a name: {', '.join(twice)}")
+        with_share = [source.name for source in self.sources if source.proportion is not None]
+        if with_share and not self.split_by_source:
+            raise ValueError("proportion is applied by the loader, source by source: set split_by_source: true")
+        if with_share and len(with_share) != len(names):
+            without = ", ".join(name for name in names if name not in with_share)
+            raise ValueError(f"either all sources have a proportion or none; these have none: {without}")
+        return self
