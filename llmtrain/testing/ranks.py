@@ -1,0 +1,47 @@
+"""Several gloo ranks in one line."""
+
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def run_ranks(function: Callable[..., Any], n_ranks: int, *args: Any) -> list[Any]:
+    """Calls `function(*args)` on `n_ranks` new processes joined by gloo, and returns what each rank returned.
+
+    Args:
+        function: importable at module level (it is sent by name); finds its rank with `torch.distributed`.
+        n_ranks: number of processes.
+        args: sent to each of them.
+
+    Raises:
+        RuntimeError: with the traceback of the first rank that failed.
+    """
+    with tempfile.TemporaryDirectory(prefix="llmtrain-ranks-") as folder:
+        mp.spawn(_enter, args=(function, n_ranks, folder, args), nprocs=n_ranks, join=True)
+        results = [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(n_ranks)]
+    for rank, (error, _) in enumerate(results):
+        if error is not None:
+            raise RuntimeError(f"rank {rank} failed:\n{error}")
+    return [value for _, value in results]
+
+
+def _enter(rank: int, function: Callable[..., Any], n_ranks: int, folder: str, args: tuple[Any, ...]) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(n_ranks), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(n_ranks))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=n_ranks)
+    error, value = None, None
+    try:
+        value = function(*args)
+    except BaseException:
+        error = traceback.format_exc()
+    torch.save((error, value), Path(folder) / f"{rank}.pt")
+    if error is not None:
+        os._exit(0)  # a peer may wait for this rank in a collective: do not wait for it in turn
+    dist.destroy_process_group()

@@ -1,0 +1,38 @@
+"""The command `train`: from arguments to an exit code."""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from llmtrain.errors import UserError
+
+USAGE = "usage: composer [-n RANKS] train.py RECIPE.yaml [key=value ...]"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Trains the recipe named by the first argument, with the others as overrides.
+
+    Returns:
+        0: finished, or was finished already. 2: a mistake in the recipe or its surroundings. 143: stopped by SIGTERM.
+    """
+    if not arguments or arguments[0].startswith("-") or "=" in arguments[0]:
+        print(USAGE, file=sys.stderr)
+        return 2
+    # Each rank must fail the same way, but only one has to say why.
+    speaks = os.environ.get("RANK", "0") == "0"
+    try:
+        from llmtrain.recipe.load import load_recipe
+
+        recipe = load_recipe(arguments[0], arguments[1:])
+
+        from llmtrain.training.train import train
+
+        return train(recipe)
+    except UserError as error:
+        if speaks:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,155 @@
+"""Everything that we do because Composer 0.32.1 (or Streaming 0.13) does something else.
+
+Each item says what goes wrong without it and what would let it go. Nothing outside this module touches a private name
+of Composer.
+"""
+
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import composer.distributed.prepare_distributed as prepare_distributed
+import composer.utils.checkpoint as composer_checkpoint
+import torch
+from composer import Callback, Logger, State, Trainer
+from composer.utils import FSDP2Config, dist, reproducibility
+from torch import nn
+
+from llmtrain.checkpoint.unpickle import load_full
+from llmtrain.errors import UserError
+from llmtrain.training.fsdp import ShardingPlan
+
+
+@dataclass
+class Sharding(FSDP2Config):  # type: ignore[misc]
+    """FSDP2Config with hybrid sharding and tolerant loading.
+
+    Composer's own class has no way to ask for a 2-d mesh: `data_parallel_replicate_degree` is a read-only property that
+    returns None, although the mesh is built from it. Can go when Composer lets the degrees be set.
+    """
+
+    replicate_degree: int = 1
+    shard_degree: int = -1
+
+    def __post_init__(self) -> None:
+        # The parent warns at each construction that FSDP2 is experimental; docs/architecture.md says why it is used.
+        pass
+
+    @property
+    def data_parallel_replicate_degree(self) -> int | None:
+        return self.replicate_degree if self.replicate_degree > 1 else None
+
+    @property
+    def data_parallel_shard_degree(self) -> int:
+        return self.shard_degree
+
+
+class RestoreRNG(Callback):  # type: ignore[misc]
+    """Restores the random state on a resume in mid-epoch, on each rank.
+
+    Composer restores it only when it replays the data loader itself. A streaming dataset resumes on its own, so neither
+    of Composer's branches runs and the first batch after the resume draws the random numbers of batch 1. It has to
+    happen here and not earlier: creating the loader's iterator draws from torch's generator.
+    """
+
+    def __init__(self) -> None:
+        self.trainer: Trainer | None = None
+
+    def _restore(self, state: State) -> None:
+        if self.trainer is None or self.trainer._rng_state is None or "train" not in state.dataset_resumption:
+            return
+        reproducibility.load_rng_state(self.trainer._rng_state)
+        self.trainer._rng_state = None
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        self._restore(state)
+
+    def epoch_end(self, state: State, logger: Logger) -> None:
+        # A checkpoint of an epoch's last batch resumes into an epoch that has no batch left.
+        self._restore(state)
+
+
+def _meta_init(module: nn.Module, param_init_fn: Any = None) -> None:
+    """Materialises a sharded model from the meta device and initialises it, module by module.
+
+    Composer's version moves to 'cuda' whatever the device is, so `init_device: meta` cannot run on a CPU.
+    """
+    param_init_fn = getattr(module, "param_init_fn", param_init_fn)
+    for child in module.children():
+        _meta_init(child, param_init_fn)
+    tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    if any(t.is_meta for t in tensors):
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
+        module.to_empty(device=device, recurse=False)
+        param_init_fn(module)
+
+
+def _ignore_saved_algorithms(self: State, *args: Any, **kwargs: Any) -> None:
+    """Composer rebuilds the algorithms of a checkpoint with eval() of a string in it. Ours come from the recipe."""
+
+
+def _load_validated(checkpoint_filepath: Path | str, map_location: str) -> Any:
+    path = composer_checkpoint._ensure_valid_checkpoint(checkpoint_filepath)
+    return load_full(Path(path))
+
+
+def install() -> None:
+    """Puts the replacements in place; idempotent. Called before a Trainer is made."""
+    warnings.filterwarnings("ignore", message=".*FSDP2 Config/APIs are experimental.*")
+    prepare_distributed.meta_init = _meta_init
+    State._apply_required_algorithms = _ignore_saved_algorithms
+    # Monolithic checkpoints: weights_only with an allow-list instead of unrestricted unpickling (Composer's own fix of
+    # April 2026 was never released).
+    composer_checkpoint._torch_load_with_validation = _load_validated
+    # Composer calls this for every file of a checkpoint before anything in it is unpickled.
+    os.environ["CHECKPOINT_VALIDATION_FUNCTION"] = "llmtrain.checkpoint.validation.validate"
+
+
+def check_gradient_average(device: torch.device) -> None:
+    """Trains one weight on all ranks and checks that FSDP2 averages its gradient.
+
+    On torch 2.7 FSDP2 over gloo silently sums over ranks: AdamW hides it, but gradient clipping, SGD and a resume on
+    another number of ranks are wrong. A check of the behaviour, not of the version.
+
+    Raises:
+        UserError: the gradient is not the mean over ranks.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    world_size = dist.get_world_size()
+    if world_size == 1:
+        return
+    layer = nn.Linear(world_size, 1, bias=False).to(device)
+    fully_shard(layer)
+    layer(torch.full((1, world_size), float(dist.get_global_rank() + 1), device=device)).sum().backward()
+    assert layer.weight.grad is not None
+    gradient = layer.weight.grad.full_tensor().mean().item()  # type: ignore[attr-defined]
+    expected = (world_size + 1) / 2
+    if abs(gradient - expected) > 1e-6:
+        raise UserError(
+            f"torch {torch.__version__} computes wrong gradients for FSDP2 on {device.type} with {world_size} ranks: "
+            f"{gradient:g} instead of the mean {expected:g} (its gloo reduce-scatter sums instead of averaging).\n"
+            "Use torch >= 2.11 (`make setup` installs it), or train in a single process, or on GPUs."
+        )
+
+
+def parallelism(plan: ShardingPlan) -> dict[str, Any] | None:
+    """What the Trainer is told about sharding; None means DDP, or nothing on a single process.
+
+    An instance of FSDP2Config is passed because a dict would select FSDP1 unless an environment variable says otherwise.
+    """
+    if plan.strategy not in ("fsdp", "hsdp"):
+        return None
+    return {
+        "fsdp": Sharding(
+            replicate_degree=plan.replicate_degree,
+            reshard_after_forward=plan.reshard_after_forward,
+            activation_checkpointing=plan.activation_checkpointing,
+            activation_cpu_offload=plan.activation_cpu_offload,
+            state_dict_type=plan.state_dict_type,
+            load_monolith_rank0_only=plan.load_monolith_rank0_only,
+            mixed_precision=plan.mixed_precision,
+        )
+    }

@@ -1,0 +1,107 @@
+"""What a person watching a run sees: one line every few steps, with rate and time left."""
+
+import sys
+import time
+from typing import Any
+
+from composer import Logger, State, Time, TimeUnit
+from composer.loggers import LoggerDestination
+from composer.utils import dist
+
+
+class Console(LoggerDestination):  # type: ignore[misc]
+    """Prints progress on rank 0.
+
+    Composer's console logger prints each metric on a line of its own; its progress bar garbles log files.
+
+    Args:
+        interval: Composer time string in batches or epochs (`1ba`, `10ba`), how often a line is printed.
+    """
+
+    def __init__(self, interval: str | int) -> None:
+        self.interval = Time.from_input(interval, TimeUnit.EPOCH)
+        self._enabled = dist.get_global_rank() == 0
+        self._metrics: dict[str, Any] = {}
+        self._since: tuple[float, int] = (time.monotonic(), 0)
+        self._evaluating: tuple[float, str] | None = None
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        if self._enabled:
+            self._metrics.update(metrics)
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        self._since = (time.monotonic(), int(state.timestamp.token))
+        self._started = (time.monotonic(), self._share_done(state))
+
+    def eval_start(self, state: State, logger: Logger) -> None:
+        self._evaluating = (time.monotonic(), str(state.dataloader_label))
+
+    def eval_end(self, state: State, logger: Logger) -> None:
+        if not self._enabled or self._evaluating is None:
+            return
+        started, label = self._evaluating
+        seconds = time.monotonic() - started
+        names = {"LanguageCrossEntropy": "loss", "LanguagePerplexity": "perplexity", "TokenAccuracy": "accuracy"}
+        values = [
+            f"{names.get(name, name)} {float(metric.compute()):.4g}"
+            for name, metric in sorted(state.eval_metrics.get(label, {}).items())
+        ]
+        _say(f"{label:<10}  step {int(state.timestamp.batch)}  {'  '.join(values)}  ({seconds:.1f} s)")
+        # An evaluation is no training time.
+        self._since = (self._since[0] + seconds, self._since[1])
+        self._started = (self._started[0] + seconds, self._started[1])
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        step, tokens, now = int(state.timestamp.batch), int(state.timestamp.token), time.monotonic()
+        if not self._enabled or not self._is_due(state):
+            return
+        share = self._share_done(state)
+        rate = (tokens - self._since[1]) / max(now - self._since[0], 1e-9)
+        done_here = share - self._started[1]
+        left = (now - self._started[0]) / done_here * (1 - share) if done_here > 0 else None
+        self._since = (now, tokens)
+        line = [f"train       step {step}", f"{share:4.0%}"]
+        if "loss/train/total" in self._metrics:
+            line.append(f"loss {self._metrics['loss/train/total']:.4f}")
+        if state.schedulers:
+            line.append(f"lr {state.schedulers[0].get_last_lr()[0]:.2e}")
+        line.append(f"{_quantity(rate)} tokens/s")
+        if (mfu := self._metrics.get("throughput/device/mfu")) is not None:
+            line.append(f"MFU {mfu:.1%}")
+        if left is not None:
+            line.append(f"{_duration(left)} left")
+        _say("  ".join(line))
+
+    def _is_due(self, state: State) -> bool:
+        timestamp, every = state.timestamp, self.interval
+        if state.max_duration is not None and timestamp >= state.max_duration:
+            return True
+        if every.unit == TimeUnit.BATCH:
+            return int(timestamp.batch) % every.value == 0
+        return every.unit == TimeUnit.EPOCH and int(timestamp.batch_in_epoch) == state.dataloader_len
+
+    @staticmethod
+    def _share_done(state: State) -> float:
+        elapsed = state.get_elapsed_duration()
+        return float(elapsed) if elapsed is not None else 0.0
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _quantity(value: float) -> str:
+    """1234567 -> 1.23M."""
+    for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            return f"{value / limit:.3g}{suffix}"
+    return f"{value:.3g}"
+
+
+def _duration(seconds: float) -> str:
+    """Seconds as m:ss, h:mm:ss or d h:mm:ss."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    clock = f"{hour}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+    return f"{days}d {clock}" if days else clock

@@ -1,0 +1,110 @@
+"""Before the model exists: the process group, seeds, threads, temporary files, and what is said about them."""
+
+import atexit
+import logging
+import os
+import shutil
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterable
+
+import torch
+import yaml
+from composer.devices import DeviceCPU, DeviceGPU
+from composer.utils import dist, reproducibility
+
+from llmtrain.errors import UserError
+from llmtrain.recipe.recipe import Recipe
+
+
+def say(line: str) -> None:
+    """Prints a line once, on rank 0."""
+    if dist.get_global_rank() == 0:
+        print(line, file=sys.stderr, flush=True)
+
+
+def say_each(lines: Iterable[str]) -> None:
+    """Prints lines once, on rank 0."""
+    for line in lines:
+        say(line)
+
+
+def start(recipe: Recipe) -> torch.device:
+    """Prepares this process for training and returns the device it trains on."""
+    set_allocator(recipe)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not dist.is_initialized():
+        dist.initialize_dist(DeviceGPU() if device.type == "cuda" else DeviceCPU(), recipe.dist_timeout)
+    if device.type == "cpu":
+        # Each rank would start a thread for each core, and ranks would take the cores from each other.
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // dist.get_local_world_size()))
+    set_logging(recipe)
+    own_temporary_folder()
+    run_code_paths(recipe)
+    return device
+
+
+def set_allocator(recipe: Recipe) -> None:
+    """CUDA allocator settings; they are read when CUDA starts, and what the environment says is kept."""
+    settings = []
+    if recipe.expandable_segments:
+        settings.append("expandable_segments:True")
+    if recipe.max_split_size_mb is not None:
+        settings.append(f"max_split_size_mb:{recipe.max_split_size_mb}")
+    if settings:
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", ",".join(settings))
+    if recipe.cuda_load_lazy:
+        os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")
+
+
+def set_logging(recipe: Recipe) -> None:
+    """Log levels of ours, Composer's and Streaming's loggers; third-party warnings that nobody can act on are muted."""
+    logging.basicConfig(format=f"%(asctime)s rank{dist.get_global_rank()} %(levelname)s %(name)s: %(message)s")
+    for name in ("llmtrain", "composer", "streaming"):
+        logging.getLogger(name).setLevel(recipe.python_log_level.upper())
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|composer|torchmetrics|streaming)\b.*")
+
+
+def own_temporary_folder() -> None:
+    """Gives the ranks of this node one temporary folder of their own, removed at the end.
+
+    Streaming never removes its lock files, and each one that a killed run leaves makes a name unusable for later runs.
+    """
+    mine = tempfile.mkdtemp(prefix="llmtrain-") if dist.get_local_rank() == 0 else None
+    folders = dist.all_gather_object(mine)
+    folder = folders[dist.get_global_rank() - dist.get_local_rank()]
+    os.environ["TMPDIR"] = tempfile.tempdir = folder
+    if mine is not None:
+        atexit.register(shutil.rmtree, mine, ignore_errors=True)
+
+
+def run_code_paths(recipe: Recipe) -> None:
+    """Runs the Python files of `code_paths` (they may register components); says so, since a recipe is then code."""
+    import runpy
+
+    for path in recipe.code_paths or []:
+        if not os.path.isfile(path):
+            raise UserError(f"code_paths: there is no file {path!r}")
+        say(f"code_paths: running {path}")
+        runpy.run_path(path)
+
+
+def seed_everything(seed: int) -> None:
+    """The same seed on all ranks, so that models built on several ranks start equal."""
+    reproducibility.seed_all(seed)
+
+
+def precision(recipe: Recipe, device: torch.device) -> str:
+    """The recipe's precision, or fp32 on a CPU, where Composer accepts nothing else."""
+    if device.type == "cpu" and recipe.precision != "fp32":
+        say(f"precision: {recipe.precision} needs a GPU; this run is on CPU and trains in fp32.")
+        return "fp32"
+    return recipe.precision
+
+
+def recipe_yaml(recipe: Recipe) -> str:
+    """The resolved recipe as YAML."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)

@@ -1,0 +1,61 @@
+"""The loss-curve picture of a run."""
+
+import json
+import os
+from pathlib import Path
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The objects of a metrics.jsonl; half a line at its end (a killed run) is passed over."""
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def smoothed(values: list[float], weight: float = 0.95) -> list[float]:
+    """Exponential moving average with bias correction, so that the start is not pulled to zero."""
+    average, out = 0.0, []
+    for i, value in enumerate(values, 1):
+        average = weight * average + (1 - weight) * value
+        out.append(average / (1 - weight**i))
+    return out
+
+
+def draw_loss_curve(metrics: Path, picture: Path) -> None:
+    """Draws training loss (each step and smoothed) and validation cross-entropy over steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = read_metrics(metrics)
+    train = [(row["step"], row["loss/train/total"]) for row in rows if "loss/train/total" in row]
+    evals: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        for key, value in row.items():
+            if key.startswith("metrics/") and key.endswith("/LanguageCrossEntropy"):
+                label = key.removeprefix("metrics/").removesuffix("/LanguageCrossEntropy")
+                evals.setdefault(label, []).append((row["step"], value))
+    if not train and not evals:
+        return
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    if train:
+        steps, losses = zip(*train, strict=True)
+        axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8, label="train, each step")
+        axes.plot(steps, smoothed(list(losses)), color="tab:blue", label="train, smoothed")
+    for i, (label, points) in enumerate(sorted(evals.items())):
+        steps, losses = zip(*points, strict=True)
+        axes.plot(steps, losses, "o-", color=f"C{i + 1}", markersize=4, label=f"{label}, {losses[-1]:.3f} at the end")
+    axes.set_xlabel("step")
+    axes.set_ylabel("cross-entropy (nats per token)")
+    axes.set_title(metrics.parent.name)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    temporary = picture.with_suffix(".tmp.png")
+    figure.savefig(temporary, dpi=120)
+    plt.close(figure)
+    os.replace(temporary, picture)

@@ -1,0 +1,104 @@
+"""runs/NAME: the one folder that a run leaves."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from composer import Logger, State
+from composer.loggers import LoggerDestination
+from composer.utils import dist
+
+from llmtrain.training.loss_curve import draw_loss_curve
+
+
+class RunFolder:
+    """Paths inside a run's folder.
+
+    Args:
+        path: `runs/NAME`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.recipe = path / "recipe.yaml"
+        self.metrics = path / "metrics.jsonl"
+        self.loss_curve = path / "loss.png"
+        self.tokenizer = path / "tokenizer"
+
+    def create(self, recipe_yaml: str) -> None:
+        """Makes the folder and writes the resolved recipe into it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        temporary = self.recipe.with_suffix(".tmp")
+        temporary.write_text(recipe_yaml)
+        os.replace(temporary, self.recipe)
+
+
+class MetricsFile(LoggerDestination):  # type: ignore[misc]
+    """metrics.jsonl, one object a step, and loss.png; always on.
+
+    A resumed run first drops the lines of steps that it is going to repeat, so that each step stands there once.
+
+    Args:
+        folder: where they go; only rank 0 writes.
+    """
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+        self._enabled = dist.get_global_rank() == 0
+        self._pending: dict[str, Any] = {}
+        self._step: int | None = None
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        if not self._enabled:
+            return
+        if step != self._step:
+            self._flush()
+            self._step = step
+        self._pending.update({key: _plain(value) for key, value in metrics.items()})
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        if self._enabled and self.folder.metrics.exists():
+            step = int(state.timestamp.batch)
+            kept = [line for line in self._lines() if step and json.loads(line)["step"] < step]
+            temporary = self.folder.metrics.with_suffix(".tmp")
+            temporary.write_text("".join(line + "\n" for line in kept))
+            os.replace(temporary, self.folder.metrics)
+
+    def eval_end(self, state: State, logger: Logger) -> None:
+        self._flush()
+        self._draw()
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        self._flush()
+        self._draw()
+
+    def close(self, state: State, logger: Logger) -> None:
+        self._flush()
+
+    def _lines(self) -> list[str]:
+        """Complete lines only: a killed run may have left half a line at the end."""
+        complete = []
+        for line in self.folder.metrics.read_text().splitlines():
+            try:
+                json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            complete.append(line)
+        return complete
+
+    def _flush(self) -> None:
+        if self._pending:
+            with self.folder.metrics.open("a") as file:
+                file.write(json.dumps({"step": self._step, **self._pending}) + "\n")
+            self._pending = {}
+
+    def _draw(self) -> None:
+        if self._enabled and self.folder.metrics.exists():
+            draw_loss_curve(self.folder.metrics, self.folder.loss_curve)
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "item"):
+        value = value.item()
+    return value if isinstance(value, (int, float, str, bool)) or value is None else str(value)
