@@ -55,7 +55,7 @@ def files_of(source: SourceConfig) -> list[Path]:
         expanded = _expand(pattern)
         # The part before the first wildcard differs between machines; the shuffled order must not.
         root = expanded.split("*")[0].rpartition("/")[0] + "/"
-        names = glob.glob(expanded, recursive=True)  # noqa: PTH207: patterns are absolute as well as relative
+        names = glob.glob(expanded, recursive=True)  # noqa: PTH207  (Path.glob takes no absolute pattern)
         matches = [Path(name) for name in names if Path(name).is_file()]
         if not matches:
             raise UserError(f"source {source.name!r}: no file matches {expanded!r} (from {Path.cwd()})")

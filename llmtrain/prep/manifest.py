@@ -1,0 +1,74 @@
+"""`prep.json`: what was made from what. It appears with the finished output and decides whether a rerun has work."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from llmtrain.errors import UserError
+from llmtrain.prep.config import PrepRecipe
+from llmtrain.prep.sources import describe_inputs
+from llmtrain.tokenizer import fingerprint
+
+NAME = "prep.json"
+FORMAT = 1
+_NOT_CONTENT = {"out", "overwrite", "variables"}  # keys of the recipe that do not change what is written
+
+
+def recipe_content(recipe: PrepRecipe) -> dict[str, Any]:
+    """The part of a recipe that decides what is written."""
+    return recipe.model_dump(mode="json", exclude=_NOT_CONTENT)
+
+
+def inputs_content(recipe: PrepRecipe) -> dict[str, Any]:
+    """What the recipe reads, as it is now: files by name and size, a local tokenizer by its fingerprint."""
+    found: dict[str, Any] = {source.name: describe_inputs(source) for source in recipe.sources}
+    name = recipe.tokenizer.name
+    local = name is not None and Path(name).expanduser().is_dir()
+    return {"sources": found, "local_tokenizer": fingerprint(name) if local and name is not None else None}
+
+
+def write(folder: Path, content: dict[str, Any]) -> None:
+    """Write `prep.json` into a folder."""
+    (folder / NAME).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def finished(recipe: PrepRecipe, inputs: dict[str, Any]) -> dict[str, Any] | None:
+    """The manifest, when this very recipe has been carried out on these inputs; None when there is work to do.
+
+    Raises:
+        UserError: `out` holds something else, and the recipe does not say `overwrite: true`, or it holds something
+            that `llmtrain prep` did not write.
+    """
+    out = Path(recipe.out)
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    path = out / NAME
+    if not path.is_file():
+        raise UserError(f"out: {out} exists and was not made by `llmtrain prep` (no {NAME}): choose another folder")
+    try:
+        done: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as problem:
+        if recipe.overwrite:
+            return None
+        raise UserError(f"{path} is damaged ({problem}): make the data again with overwrite=true") from problem
+    changed = _differences(done, recipe_content(recipe), inputs)
+    if not changed:
+        return done
+    if recipe.overwrite:
+        return None
+    raise UserError(
+        f"out: {out} was made with other settings; changed since: {', '.join(changed)}. "
+        "Choose another folder, or replace it with overwrite=true"
+    )
+
+
+def _differences(done: dict[str, Any], recipe: dict[str, Any], inputs: dict[str, Any]) -> list[str]:
+    before = done.get("recipe", {})
+    changed = [key for key in sorted({*before, *recipe}) if before.get(key) != recipe.get(key)]
+    if done.get("format") != FORMAT:
+        changed.append("the manifest's format")
+    if not changed and done.get("inputs") != inputs:
+        old = done.get("inputs", {}).get("sources", {})
+        names = [name for name, now in inputs["sources"].items() if old.get(name) != now]
+        changed.append(f"the files of {', '.join(names)}" if names else "the tokenizer's files")
+    return changed

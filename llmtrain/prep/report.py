@@ -1,0 +1,61 @@
+"""What is printed at the end: totals, and the loader's YAML, ready to paste."""
+
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.table import Table
+
+from llmtrain.prep.config import PrepRecipe
+from llmtrain.prep.split import SplitCounts
+
+
+def print_totals(console: Console, splits: Mapping[str, SplitCounts], seconds: float) -> None:
+    """A table, one line a split."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("split", no_wrap=True)
+    for column in ("documents", "tokens", "text MB", "bytes/token", "rows", "shard MB"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, counts in splits.items():
+        table.add_row(
+            name,
+            f"{counts.documents:,}",
+            f"{counts.tokens:,}",
+            f"{counts.bytes / 1e6:,.2f}",
+            f"{counts.bytes / max(1, counts.tokens):.2f}",
+            f"{counts.samples:,}",
+            f"{counts.shard_bytes / 1e6:,.2f}",
+        )
+    console.print(table)
+    short = sum(counts.dropped_documents for counts in splits.values())
+    tails = sum(counts.dropped_tokens for counts in splits.values())
+    console.print(f"dropped: {short:,} documents below min_tokens, {tails:,} tokens that fill no row", highlight=False)
+    total = sum(counts.bytes for counts in splits.values())
+    console.print(f"{total / 1e6:,.2f} MB of text in {seconds:.1f} s", highlight=False)
+
+
+def loader_yaml(recipe: PrepRecipe) -> str:
+    """`train_loader` and `eval_loader` for a training recipe."""
+    lines = [*_loader(recipe, "train_loader", "train", shuffle=True)]
+    if recipe.val_fraction:
+        lines += _loader(recipe, "eval_loader", "val", shuffle=False)
+    if recipe.tokenizer.train is not None:
+        lines += ["tokenizer:", f"  name: {recipe.out}/tokenizer"]
+    elif recipe.tokenizer.name is not None:
+        lines += ["tokenizer:", f"  name: {recipe.tokenizer.name}"]
+    return "\n".join(lines) + "\n"
+
+
+def _loader(recipe: PrepRecipe, key: str, split: str, *, shuffle: bool) -> list[str]:
+    lines = [f"{key}:", "  name: text", "  dataset:"]
+    if recipe.split_by_source:
+        lines.append("    streams:")
+        for source in recipe.sources:
+            lines += [f"      {source.name}:", f"        local: {recipe.out}/{source.name}/{split}"]
+            if source.proportion is not None and split == "train":
+                lines.append(f"        proportion: {source.proportion:g}")
+        if split == "train" and recipe.sources[0].proportion is not None:
+            lines.append("    batching_method: stratified")
+    else:
+        lines.append(f"    local: {recipe.out}/{split}")
+    lines += [f"    shuffle: {str(shuffle).lower()}", f"    max_seq_len: {recipe.max_seq_len}"]
+    return [*lines, f"  drop_last: {str(shuffle).lower()}"]

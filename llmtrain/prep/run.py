@@ -1,0 +1,199 @@
+"""`llmtrain prep`: a data recipe carried out, from sources to shards."""
+
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from llmtrain.config.load import load
+from llmtrain.errors import UserError
+from llmtrain.prep import manifest
+from llmtrain.prep.config import PrepRecipe
+from llmtrain.prep.encode import Encoder, batches, open_encoder
+from llmtrain.prep.mds import ShardWriter, token_dtype
+from llmtrain.prep.pack import Packer
+from llmtrain.prep.progress import progress
+from llmtrain.prep.report import loader_yaml, print_totals
+from llmtrain.prep.sources import Document, documents, files_of
+from llmtrain.prep.split import SplitCounts, SplitWriter, is_validation
+from llmtrain.prep.train_tokenizer import train_tokenizer
+from llmtrain.tokenizer import fingerprint
+
+
+def prepare(recipe_file: Path, overrides: Sequence[str] = ()) -> None:
+    """Carry out a data recipe; prints progress, totals, and the loader's YAML.
+
+    Raises:
+        UserError: the recipe, a source or the tokenizer has a mistake, or `out` holds something else.
+    """
+    run(load(recipe_file, PrepRecipe, overrides), Console())
+
+
+def run(recipe: PrepRecipe, console: Console) -> dict[str, Any]:
+    """Make `recipe.out`, and return its manifest (`prep.json`).
+
+    Everything is written to a hidden folder beside `out` and renamed when it is complete, so that an interrupted run
+    leaves nothing that looks like data. The same recipe on the same inputs gives the same bytes; done already, it says
+    so and does nothing.
+
+    Raises:
+        UserError: see `prepare`.
+    """
+    out = Path(recipe.out)
+    inputs = manifest.inputs_content(recipe)
+    done = manifest.finished(recipe, inputs)
+    if done is not None:
+        rows = ", ".join(f"{name} {counts['samples']:,} rows" for name, counts in done["splits"].items())
+        console.print(
+            f"{out} is complete ({rows}): same recipe, same inputs, nothing to do", highlight=False, soft_wrap=True
+        )
+        return done
+    start = time.monotonic()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.parent / f".{out.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    partial.mkdir()
+    try:
+        content, splits = _make(recipe, partial, console)
+        content["inputs"] = inputs
+        manifest.write(partial, content)
+        _put_in_place(partial, out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    print_totals(console, splits, time.monotonic() - start)
+    console.print(f"\n{out} is complete. For the training recipe:\n", highlight=False, soft_wrap=True)
+    console.print(loader_yaml(recipe), highlight=False, markup=False, soft_wrap=True)
+    return content
+
+
+def _make(recipe: PrepRecipe, folder: Path, console: Console) -> tuple[dict[str, Any], dict[str, SplitCounts]]:
+    if recipe.tokenizer.train is not None:
+        name = str(folder / "tokenizer")
+        _train_tokenizer(recipe, Path(name), console)
+    else:
+        assert recipe.tokenizer.name is not None
+        name = recipe.tokenizer.name
+    encoder = open_encoder(name, eos=recipe.eos, bos=recipe.bos)
+    facts = {
+        "tokenizer_fingerprint": fingerprint(name),
+        "vocab_size": encoder.vocab_size,
+        "eos_token_id": encoder.eos,
+        "bos_token_id": encoder.bos,
+        "max_seq_len": recipe.max_seq_len,
+    }
+    writers: dict[str, SplitWriter] = {}
+    with progress(console, "tokenizing", _bytes_to_read(recipe)) as advance:
+        for source in recipe.sources:
+            prefix = f"{source.name}/" if recipe.split_by_source else ""
+            for split in ("train", "val") if recipe.val_fraction else ("train",):
+                if prefix + split not in writers:
+                    writers[prefix + split] = _writer(recipe, folder / prefix / split, encoder, facts)
+            number = 0
+            for batch in batches(documents(source)):
+                held_out = [is_validation(source.name, number + i, recipe.val_fraction) for i in range(len(batch))]
+                number += len(batch)
+                _write_batch(batch, held_out, encoder, recipe.min_tokens, writers, prefix)
+                advance(sum(document.n_bytes for document in batch))
+    splits = {name: writer.finish() for name, writer in writers.items()}
+    for split, counts in splits.items():
+        if counts.samples == 0:
+            raise UserError(
+                f"{split} would be empty: {counts.documents:,} documents with {counts.tokens:,} tokens fill no row of "
+                f"{recipe.max_seq_len}. More text, another val_fraction, or a shorter max_seq_len is needed"
+            )
+    content = {
+        "format": manifest.FORMAT,
+        "recipe": manifest.recipe_content(recipe),
+        **facts,
+        "splits": {split: counts.as_dict() for split, counts in splits.items()},
+    }
+    return content, splits
+
+
+def _writer(recipe: PrepRecipe, folder: Path, encoder: Encoder, facts: dict[str, Any]) -> SplitWriter:
+    dtype = token_dtype(encoder.vocab_size)
+    shards = ShardWriter(
+        folder,
+        seq_len=recipe.max_seq_len,
+        dtype=dtype,
+        compression=recipe.compression,
+        hashes=recipe.hashes,
+        size_limit=recipe.size_limit,
+        about=facts,
+    )
+    return SplitWriter(shards, Packer(recipe.max_seq_len, dtype), encoder.vocab_size)
+
+
+def _write_batch(
+    batch: list[Document],
+    held_out: list[bool],
+    encoder: Encoder,
+    min_tokens: int,
+    writers: dict[str, SplitWriter],
+    prefix: str,
+) -> None:
+    ids = encoder.encode(batch)
+    for split, wanted in (("train", False), ("val", True)):
+        mine = [i for i, held in enumerate(held_out) if held == wanted]
+        kept = [i for i in mine if len(ids[i]) >= min_tokens]
+        if mine:
+            writers[prefix + split].add(
+                encoder.frame(ids[i] for i in kept),
+                documents=len(kept),
+                n_bytes=sum(batch[i].n_bytes for i in kept),
+                dropped=len(mine) - len(kept),
+            )
+
+
+def _train_tokenizer(recipe: PrepRecipe, folder: Path, console: Console) -> None:
+    cfg = recipe.tokenizer.train
+    assert cfg is not None
+    per_source = cfg.max_bytes // len(recipe.sources)
+
+    def sample() -> Iterator[str]:
+        for source in recipe.sources:
+            left = per_source
+            for number, document in enumerate(documents(source)):
+                if is_validation(source.name, number, recipe.val_fraction):
+                    continue
+                yield document.text[:left]
+                left -= document.n_bytes
+                if left <= 0:
+                    break
+
+    start = time.monotonic()
+    console.print(f"training a tokenizer of {cfg.vocab_size:,} tokens ...", highlight=False)
+    train_tokenizer(sample(), cfg, folder)
+    console.print(f"trained in {time.monotonic() - start:.1f} s", highlight=False)
+
+
+def _bytes_to_read(recipe: PrepRecipe) -> int | None:
+    """How much text there is, for the time left; None when that cannot be known beforehand."""
+    total = 0
+    for source in recipe.sources:
+        if source.max_bytes is not None:
+            known = source.max_bytes
+        elif source.files is None or source.max_documents is not None:
+            return None
+        else:
+            known = 1 << 62
+        if source.files is not None:
+            files = files_of(source)
+            if any(path.suffix in {".gz", ".zst", ".parquet"} for path in files):
+                return None
+            known = min(known, sum(path.stat().st_size for path in files))
+        total += known
+    return total
+
+
+def _put_in_place(partial: Path, out: Path) -> None:
+    old = out.parent / f".{out.name}.old"
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        out.rename(old)
+    partial.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
