@@ -1,0 +1,192 @@
+"""``llmtrain export``: a training checkpoint becomes a Hugging Face folder, proven equal before it appears."""
+
+import os
+import shutil
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llmtrain.checkpoint.compare import Comparison, compare_with_transformers
+from llmtrain.checkpoint.hugging_face import is_hugging_face_folder, write_hf_folder
+from llmtrain.checkpoint.hugging_face_config import refuse_inexpressible
+from llmtrain.checkpoint.source import Source, open_source
+from llmtrain.errors import UserError
+from llmtrain.tokenizer import load_tokenizer
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export wrote, and how it was proven."""
+
+    source: Path
+    """The checkpoint that was exported."""
+    target: Path
+    parameters: int
+    dtype: str
+    size: int
+    """Bytes of all files."""
+    max_difference: float
+    """Largest absolute difference of logits between our model and transformers' MPT, both in float32."""
+    tolerance: float
+    positions: int
+    """Positions at which logits were compared."""
+    tokens: int
+    """Greedy tokens that were compared and are equal."""
+    tokenizer: bool
+    """Whether a tokenizer was written."""
+
+    def __str__(self) -> str:
+        lines = [
+            f"Exported {self.source} to {self.target}",
+            f"  {self.parameters:,} parameters in {self.dtype}, {self.size / 1e6:,.1f} MB"
+            + ("" if self.tokenizer else "; WITHOUT a tokenizer: none is known for this checkpoint"),
+            f"  opened by plain transformers: all tensors equal, logits within {self.max_difference:.1e} "
+            f"(allowed: {self.tolerance:.1e}) at {self.positions} positions, {self.tokens} greedy tokens equal",
+        ]
+        return "\n".join(lines)
+
+
+def export(
+    source: Path,
+    target: Path,
+    *,
+    dtype: str = "float32",
+    overwrite: bool = False,
+    recipe: Path | None = None,
+    max_shard_size: int | str = "5GB",
+) -> ExportReport:
+    """Write a Hugging Face folder that plain ``AutoModelForCausalLM.from_pretrained`` opens, and prove it.
+
+    Everything is written into a hidden folder beside the target, opened there by transformers and compared with the
+    source (:mod:`llmtrain.checkpoint.compare`); only then is it renamed. On any failure nothing is left.
+
+    Args:
+        source: A run, its ``checkpoints/`` folder, a checkpoint, ``latest``, a ``.pt`` file, or a Hugging Face folder.
+        target: The folder to make.
+        dtype: ``float32``, ``bfloat16`` or ``float16`` (or fp32, bf16, fp16).
+        overwrite: Replace an earlier export at the target.
+        recipe: The YAML file with the model's config, for a checkpoint that carries none.
+        max_shard_size: Largest weights file, in bytes or as text.
+
+    Raises:
+        UserError: the source cannot be read, transformers' MPT cannot express it, the target is taken, the weights do
+            not survive the cast, or the comparison finds a difference.
+    """
+    name = _SHORT.get(dtype, dtype)
+    if name not in DTYPES:
+        raise UserError(f"--dtype {dtype}: use one of {', '.join(DTYPES)}.")
+    _refuse_taken(target, overwrite)
+    opened = open_source(source, recipe)
+    refuse_inexpressible(opened.config, str(opened.path))
+    weights = _cast(opened, name)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = target.parent / f".{target.name}.exporting-{uuid.uuid4().hex[:8]}"
+    staging.mkdir()
+    try:
+        (staging / "out").mkdir()
+        tokenizer = _tokenizer_folder(opened, staging / "tokenizer")
+        write_hf_folder(
+            staging / "out", opened.config, weights, dtype=name, tokenizer=tokenizer, max_shard_size=max_shard_size
+        )
+        result = compare_with_transformers(staging / "out", opened.config, weights, tokenizer)
+        if result.problems:
+            raise UserError(
+                f"{opened.path} was NOT exported: transformers opens the result as another function. "
+                + "; ".join(result.problems)
+            )
+        size = sum(file.stat().st_size for file in (staging / "out").iterdir())
+        _move_into_place(staging / "out", target, staging / "old")
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return _report(opened, target, weights, name, size, result, tokenizer is not None)
+
+
+def _refuse_taken(target: Path, overwrite: bool) -> None:
+    if target.is_symlink() or target.is_file():
+        raise UserError(
+            f"{target}: is a {'link' if target.is_symlink() else 'file'}; give a folder that does not exist."
+        )
+    if not target.is_dir() or not any(target.iterdir()):
+        return
+    if not is_hugging_face_folder(target):
+        raise UserError(f"{target}: holds other files and is no earlier export; give a folder that does not exist.")
+    if not overwrite:
+        raise UserError(
+            f"{target}: there is an export already; pass --overwrite to replace it, or give another folder."
+        )
+
+
+def _cast(source: Source, dtype: str) -> dict[str, Tensor]:
+    """The weights in the dtype of the export.
+
+    Raises:
+        UserError: a value is not finite, before the cast or after it.
+    """
+    weights = {}
+    for name, value in source.weights.items():
+        cast = value.to(DTYPES[dtype])
+        if not torch.isfinite(cast).all():
+            if torch.isfinite(value).all():
+                raise UserError(
+                    f"{source.path}: `{name}` does not fit into {dtype} (it overflows); use bfloat16 or float32."
+                )
+            raise UserError(
+                f"{source.path}: `{name}` holds NaN or infinity: the training broke; take an older checkpoint."
+            )
+        weights[name] = cast
+    return weights
+
+
+def _tokenizer_folder(source: Source, staging: Path) -> Path | None:
+    if source.tokenizer is None:
+        return None
+    folder = Path(source.tokenizer.name).expanduser()
+    if folder.is_dir() and not source.tokenizer.kwargs:
+        return folder
+    load_tokenizer(source.tokenizer).save_pretrained(staging)
+    return staging
+
+
+def _move_into_place(made: Path, target: Path, old: Path) -> None:
+    if target.is_dir():
+        target.rename(old)
+    try:
+        made.rename(target)
+    except OSError:
+        if old.is_dir() and not target.exists():
+            old.rename(target)
+        raise
+    descriptor = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _report(
+    source: Source,
+    target: Path,
+    weights: dict[str, Tensor],
+    dtype: str,
+    size: int,
+    result: Comparison,
+    tokenizer: bool,
+) -> ExportReport:
+    return ExportReport(
+        source=source.path,
+        target=target,
+        parameters=sum(value.numel() for value in weights.values()),
+        dtype=dtype,
+        size=size,
+        max_difference=result.max_difference,
+        tolerance=result.tolerance,
+        positions=result.positions,
+        tokens=result.tokens,
+        tokenizer=tokenizer,
+    )

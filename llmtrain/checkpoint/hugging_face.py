@@ -1,0 +1,186 @@
+"""Hugging Face folders in and out: config.json, safetensors, tokenizer, generation_config.json."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmtrain.checkpoint.hugging_face_config import from_hugging_face, refuse_inexpressible, to_hugging_face
+from llmtrain.checkpoint.names import check_shapes, strip_wrappers
+from llmtrain.checkpoint.unpickle import load_full
+from llmtrain.errors import UserError
+from llmtrain.model.config import MPTConfig
+
+MAX_SHARD_SIZE = "5GB"
+# Everything else that may lie in a tokenizer's folder (code above all) stays there.
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+def is_hugging_face_folder(path: Path) -> bool:
+    """Whether the folder holds a config.json."""
+    return (path / "config.json").is_file()
+
+
+def write_hf_folder(
+    folder: Path,
+    config: MPTConfig,
+    weights: Mapping[str, Tensor],
+    *,
+    dtype: str,
+    tokenizer: Path | None,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+) -> None:
+    """Write a folder that ``AutoModelForCausalLM.from_pretrained`` opens without remote code.
+
+    A tied head is not written: transformers ties it again by itself, without a warning.
+
+    Args:
+        folder: An existing, empty folder.
+        config: What transformers' MPT can express.
+        weights: By MPT's names, in the dtype to be written.
+        dtype: The name of that dtype, for config.json.
+        tokenizer: Folder whose tokenizer files are copied, or None.
+        max_shard_size: Bytes, or text such as ``5GB``; larger models get several files and an index.
+
+    Raises:
+        UserError: transformers' MPT cannot express the model.
+    """
+    from huggingface_hub import save_torch_state_dict
+
+    refuse_inexpressible(config, str(folder))
+    token_ids = copy_tokenizer(tokenizer, folder, config.vocab_size) if tokenizer is not None else {}
+    _write_json(folder / "config.json", to_hugging_face(config, dtype, token_ids))
+    known = {name: value for name, value in token_ids.items() if value is not None}
+    _write_json(folder / "generation_config.json", known)
+    save_torch_state_dict(
+        # Mapped files and views must not drag their whole storage along, hence `contiguous` copies where needed.
+        {name: value.contiguous() for name, value in weights.items()},
+        folder,
+        max_shard_size=max_shard_size,
+        metadata={"format": "pt"},
+    )
+
+
+def copy_tokenizer(source: Path, target: Path, vocab_size: int) -> dict[str, int | None]:
+    """Copy a tokenizer's files (and nothing else) into an export.
+
+    Returns:
+        ``bos_token_id``, ``eos_token_id``, ``pad_token_id`` (EOS where the tokenizer has no padding token).
+
+    Raises:
+        UserError: there is no tokenizer.json, or it has more tokens than the model has rows.
+    """
+    from llmtrain.tokenizer import load_raw, special_token
+
+    raw = load_raw(str(source))
+    size = max(raw.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+    if size > vocab_size:
+        raise UserError(
+            f"{source}: the tokenizer has ids up to {size - 1:,}, but the model only {vocab_size:,} embeddings: they "
+            "do not belong together."
+        )
+    for name in _TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+    ids: dict[str, int | None] = {}
+    for which in ("bos", "eos", "pad"):
+        text = special_token(str(source), which)  # type: ignore[arg-type]
+        ids[f"{which}_token_id"] = None if text is None else raw.token_to_id(text)
+    if ids["pad_token_id"] is None:
+        ids["pad_token_id"] = ids["eos_token_id"]
+    return ids
+
+
+def read_hf_folder(path: Path) -> tuple[MPTConfig, dict[str, Tensor]]:
+    """Read an MPT from a Hugging Face folder: safetensors, or ``.bin`` without running what is in it.
+
+    Transformers' own layout and the older one of MosaicML's remote code; one file or several with an index; a tied
+    ``lm_head.weight`` is dropped.
+
+    Returns:
+        The config, and the parameters by MPT's names, on the CPU in the dtype of the file.
+
+    Raises:
+        UserError: no config, no weights, not MPT, or weights that do not fit the config (they are named).
+    """
+    config = from_hugging_face(_read_json(path / "config.json"), str(path / "config.json"))
+    weights: dict[str, Tensor] = {}
+    for file in _weight_files(path):
+        for name, value in _read_tensors(file).items():
+            if name in weights:
+                raise UserError(f"{file}: `{name}` is also in another file of {path}.")
+            weights[name] = value
+    named = {own: weights[stored] for own, stored in strip_wrappers(weights).items()}
+    if "transformer.wte.weight" not in named and "wte.weight" in named:  # saved from MptModel, without the head
+        named = {name if name.startswith("lm_head.") else f"transformer.{name}": v for name, v in named.items()}
+    head, table = named.get("lm_head.weight"), named.get("transformer.wte.weight")
+    if config.tie_word_embeddings and head is not None and table is not None:
+        if not torch.equal(head, table):
+            raise UserError(f"{path}: lm_head.weight differs from the embedding although the config ties them.")
+        del named["lm_head.weight"]
+    check_shapes(config, {name: value.shape for name, value in named.items()}, str(path))
+    return config, named
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    for single, index in (
+        ("model.safetensors", "model.safetensors.index.json"),
+        ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+    ):
+        if (folder / index).is_file():
+            weight_map = _read_json(folder / index).get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise UserError(f"{folder / index}: has no weight_map.")
+            names = sorted({str(name) for name in weight_map.values()})
+            for name in names:
+                if Path(name).name != name:
+                    raise UserError(f"{folder / index}: `{name}` is no name of a file in this folder; refused.")
+                if not (folder / name).is_file():
+                    raise UserError(f"{folder / name}: missing, but named in {index}.")
+            return [folder / name for name in names]
+        if (folder / single).is_file():
+            return [folder / single]
+    raise UserError(f"{folder}: no weights (model.safetensors or pytorch_model.bin, with or without an index).")
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    if file.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return dict(load_file(file))
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file}: cannot be read, the file is damaged ({error}).") from None
+    content = load_full(file)
+    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
+        raise UserError(f"{file}: holds more than tensors.")
+    return content
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; is this a Hugging Face folder?") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a JSON object.")
+    return content
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

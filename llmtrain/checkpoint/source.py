@@ -1,0 +1,76 @@
+"""Whatever a user points at (run, checkpoint, ``.pt`` file, Hugging Face folder), opened: config, weights, tokenizer."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+from torch import Tensor
+
+from llmtrain.checkpoint import manifest
+from llmtrain.checkpoint.hugging_face import is_hugging_face_folder, read_hf_folder
+from llmtrain.checkpoint.read import read_weights, recipe_of
+from llmtrain.checkpoint.resolve import locate, run_folder
+from llmtrain.errors import UserError
+from llmtrain.model.config import MPTConfig
+from llmtrain.tokenizer import TokenizerConfig, fingerprint
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model as it lies on disk."""
+
+    path: Path
+    """The checkpoint that was chosen, or the Hugging Face folder."""
+    config: MPTConfig
+    weights: dict[str, Tensor]
+    """By MPT's names, on the CPU, in the dtype that was saved."""
+    tokenizer: TokenizerConfig | None
+    """Where its tokenizer is (a folder or a hub name), or None when nothing says so."""
+
+
+def open_source(path: Path, recipe: Path | None = None) -> Source:
+    """Read a model from a run, a checkpoint, a ``.pt`` file or a Hugging Face folder.
+
+    Args:
+        path: Anything of those; a run means its newest complete checkpoint.
+        recipe: The YAML file with the model's config, for a checkpoint that carries none.
+
+    Raises:
+        UserError: nothing there, damaged, not MPT, or a tokenizer that the run was not trained with.
+    """
+    if path.is_dir() and is_hugging_face_folder(path):
+        config, weights = read_hf_folder(path)
+        beside = TokenizerConfig(name=str(path)) if (path / "tokenizer.json").is_file() else None
+        return Source(path, config, weights, beside)
+    checkpoint = locate(path)
+    config, weights = read_weights(checkpoint, recipe=recipe)
+    return Source(checkpoint, config, weights, _tokenizer_of(checkpoint, recipe))
+
+
+def _tokenizer_of(checkpoint: Path, recipe: Path | None) -> TokenizerConfig | None:
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    run = run_folder(folder)
+    if run is not None and (run / "tokenizer" / "tokenizer.json").is_file():
+        found = TokenizerConfig(name=str(run / "tokenizer"))
+        _check_fingerprint(folder, found)
+        return found
+    block = (recipe_of(checkpoint, recipe) or {}).get("tokenizer")
+    try:
+        return TokenizerConfig.model_validate(block) if isinstance(block, dict) else None
+    except ValidationError:
+        log.warning("%s: the tokenizer in its recipe is not usable: %s", checkpoint, block)
+        return None
+
+
+def _check_fingerprint(folder: Path, found: TokenizerConfig) -> None:
+    if not (folder / manifest.MANIFEST).is_file():
+        return
+    wanted = manifest.read(folder).tokenizer_fingerprint
+    if wanted is not None and fingerprint(found.name) != wanted:
+        raise UserError(
+            f"{found.name} is not the tokenizer that {folder.name} was trained with (its fingerprint differs); put the "
+            "run's own tokenizer back."
+        )
