@@ -1,0 +1,325 @@
+"""The MPT configuration: llm-foundry's key names, meanings and defaults, without torch.
+
+One default differs: `attn_impl` is `auto` (llm-foundry's `flash` cannot start without a GPU). Keys of features that
+are not built yet are accepted where their value is the plain one, and refused by name otherwise.
+"""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from llmtrain.config.base import Config
+
+Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveInt = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+NormType = Literal["layernorm", "low_precision_layernorm", "rmsnorm", "low_precision_rmsnorm"]
+AttentionImpl = Literal["auto", "eager", "sdpa", "torch", "triton", "flash", "flex", "blockwise"]
+
+NOT_YET_ATTENTION = ("flash", "flex", "blockwise")
+
+
+def _only(value: Any, *plain: Any) -> Any:
+    """`value` if it is one of the `plain` values (True is not 1), else an error (pydantic adds the key)."""
+    if any(value == p and isinstance(value, bool) == isinstance(p, bool) for p in plain):
+        return value
+    accepted = " or ".join("null" if p is None else str(p).lower() if isinstance(p, bool) else repr(p) for p in plain)
+    raise ValueError(f"{value!r} is not supported yet; remove the key or set it to {accepted}")
+
+
+class AttentionConfig(Config):
+    """Self-attention (`model.attn_config`)."""
+
+    attn_type: Literal["multihead_attention", "grouped_query_attention", "multiquery_attention"] = "multihead_attention"
+    """Only `multihead_attention` so far."""
+    attn_pdrop: Probability = 0.0
+    """Dropout probability on the attention weights, while training."""
+    attn_impl: AttentionImpl = "auto"
+    """Kernel: `eager` (the reference), `sdpa` (torch's fused kernels), or `auto`. Old recipes' `torch` and `triton`
+    mean `sdpa` here. `flash`, `flex` and `blockwise` are not supported yet."""
+    qk_ln: bool = False
+    """Normalise queries and keys over the full d_model, each with the model's norm type (MPT-1B does)."""
+    clip_qkv: PositiveFloat | None = None
+    """Clamp queries, keys and values to [-clip_qkv, clip_qkv], before `qk_ln` (StoryWriter uses 6)."""
+    softmax_scale: PositiveFloat | None = None
+    """Factor on q.k before the softmax; null means 1/sqrt(d_model / n_heads)."""
+    alibi: bool = False
+    """Attention with linear biases (Press et al. 2022, arXiv:2108.12409); switches learned positions off."""
+    alibi_bias_max: PositiveFloat = 8.0
+    """Head i of n = 2^ceil(log2 n_heads) has slope 2^(-alibi_bias_max * i / n). Released MPT-7B: 8; StoryWriter: 16."""
+
+    attn_uses_sequence_id: bool = False
+    """Attend within documents only. Not supported yet: false."""
+    fused_qkv: bool = True
+    """One `Wqkv` projection for queries, keys and values. Only true so far."""
+    kv_n_heads: int | None = None
+    """Key and value heads. Only null, or n_heads, so far."""
+    kv_dim: int | None = None
+    """Width of what keys and values are computed from. Only null so far."""
+    prefix_lm: bool = False
+    """Written in released MPT configs. Only false."""
+    qk_gn: bool = False
+    """Per-head norm of queries and keys. Not supported yet: false."""
+    rope: bool = False
+    """Rotary positions. Not supported yet: false."""
+    rope_theta: float = 10000
+    """Means nothing while `rope` is false."""
+    rope_impl: str = "dail"
+    """Means nothing while `rope` is false."""
+    rope_dail_config: dict[str, Any] | None = None
+    """Means nothing while `rope` is false."""
+    rope_hf_config: dict[str, Any] | None = None
+    """Means nothing while `rope` is false."""
+    sliding_window_size: int = -1
+    """Not supported yet: -1 (off)."""
+    attn_logit_softcapping: float | None = None
+    """Not supported yet: null."""
+    attn_temperature_tuning: dict[str, Any] | None = None
+    """Not supported yet: null."""
+
+    @field_validator(
+        "attn_type",
+        "attn_uses_sequence_id",
+        "fused_qkv",
+        "kv_dim",
+        "prefix_lm",
+        "qk_gn",
+        "rope",
+        "sliding_window_size",
+        "attn_logit_softcapping",
+        "attn_temperature_tuning",
+    )
+    @classmethod
+    def _not_supported_yet(cls, value: Any, info: Any) -> Any:
+        return _only(value, cls.model_fields[info.field_name].default)
+
+    @field_validator("attn_impl")
+    @classmethod
+    def _kernel_not_supported_yet(cls, value: str) -> str:
+        if value in NOT_YET_ATTENTION:
+            raise ValueError(f"{value!r} is not supported yet; set it to auto, sdpa or eager")
+        return value
+
+
+class ActivationConfig(Config):
+    """The non-linearity between the two projections of the feed-forward network."""
+
+    name: Literal["gelu", "relu", "silu", "quick_gelu"] = "gelu"
+    """`quick_gelu` is x * sigmoid(1.702 x)."""
+    approximate: Literal["none", "tanh"] = "none"
+    """Of gelu only: `none` is the exact one (with erf)."""
+
+
+class FFNConfig(Config):
+    """Feed-forward network (`model.ffn_config`)."""
+
+    ffn_type: Literal["mptmlp", "mptglu", "te_ln_mlp", "torch_dmoe", "mb_moe", "mb_dmoe"] = "mptmlp"
+    """Only `mptmlp` (up, activation, down) so far."""
+    ffn_hidden_size: PositiveInt | None = None
+    """Width between the projections; null means d_model * expansion_ratio."""
+    ffn_act_fn: ActivationConfig = ActivationConfig()
+    """Activation; llm-foundry's default is the exact gelu."""
+    fc_type: str | dict[str, Any] = "torch"
+    """Linear layer implementation. Only `torch`."""
+
+    @field_validator("ffn_act_fn", mode="before")
+    @classmethod
+    def _null_is_the_default(cls, value: Any) -> Any:
+        return ActivationConfig() if value is None else value
+
+    @field_validator("ffn_type")
+    @classmethod
+    def _not_supported_yet(cls, value: str) -> str:
+        return str(_only(value, "mptmlp"))
+
+    @field_validator("fc_type")
+    @classmethod
+    def _torch_only(cls, value: Any) -> Any:
+        return _only(value, "torch", {"name": "torch"})
+
+
+class InitConfig(Config):
+    """Initialisation (`model.init_config`); the formulas are in `llmtrain.model.init`."""
+
+    name: Literal[
+        "default_",
+        "baseline_",
+        "kaiming_uniform_",
+        "kaiming_normal_",
+        "neox_init_",
+        "small_init_",
+        "xavier_uniform_",
+        "xavier_normal_",
+    ] = "kaiming_normal_"
+    """Scheme."""
+    fan_mode: Literal["fan_in", "fan_out"] = "fan_in"
+    """Of kaiming."""
+    init_nonlinearity: Literal["linear", "sigmoid", "tanh", "relu", "leaky_relu", "selu"] = "relu"
+    """Of kaiming: sets the gain (relu: sqrt 2)."""
+    init_gain: float = 0.0
+    """Of xavier: the gain, which must not be 0. Of kaiming: the negative slope of leaky_relu."""
+    init_div_is_residual: bool | float = True
+    """Divisor of the projections into the residual stream: true is sqrt(2 * n_layers), false is 1, else the number.
+    `neox_init_` sets its own, `default_` uses none."""
+    init_std: PositiveFloat | None = None
+    """Of `baseline_`: standard deviation, required there."""
+    emb_init_std: PositiveFloat | None = None
+    """Embeddings: normal with this standard deviation instead of the scheme."""
+    emb_init_uniform_lim: PositiveFloat | tuple[float, float] | None = None
+    """Embeddings: uniform in [-lim, lim] or [low, high] instead of the scheme."""
+    verbose: int = 0
+    """Accepted for old recipes; means nothing."""
+
+    @field_validator("init_div_is_residual")
+    @classmethod
+    def _divisor_is_positive(cls, value: bool | float) -> bool | float:
+        if not isinstance(value, bool) and value <= 0:
+            raise ValueError(f"{value!r} must be true, false or a number above 0")
+        return value
+
+    @model_validator(mode="after")
+    def _scheme_has_its_numbers(self) -> Self:
+        if self.name == "baseline_" and self.init_std is None:
+            raise ValueError("init_config.init_std is required with name: baseline_ (for example 0.02)")
+        if self.name.startswith("xavier") and self.init_gain <= 0:
+            raise ValueError(
+                f"init_config.init_gain must be above 0 with name: {self.name} (0 makes all weights 0); use 1"
+            )
+        if self.emb_init_std is not None and self.emb_init_uniform_lim is not None:
+            raise ValueError("init_config: give emb_init_std or emb_init_uniform_lim, not both")
+        if (
+            isinstance(self.emb_init_uniform_lim, tuple)
+            and not self.emb_init_uniform_lim[0] < self.emb_init_uniform_lim[1]
+        ):
+            raise ValueError(f"init_config.emb_init_uniform_lim: {self.emb_init_uniform_lim} must be [low, high]")
+        return self
+
+
+class MPTConfig(Config):
+    """An MPT language model (`model:` in a recipe with `name: mpt_causal_lm`)."""
+
+    name: Literal["mpt_causal_lm"] = "mpt_causal_lm"
+    """Which model this section describes."""
+    d_model: PositiveInt = 2048
+    """Width of the residual stream."""
+    n_heads: PositiveInt = 16
+    """Attention heads; must divide d_model."""
+    n_layers: PositiveInt = 24
+    """Number of blocks."""
+    expansion_ratio: PositiveFloat = 4
+    """Feed-forward width over d_model; their product must be an integer."""
+    max_seq_len: PositiveInt = 2048
+    """Tokens in a training sequence; also the number of learned positions."""
+    vocab_size: PositiveInt = 50368
+    """Rows of the embedding (tokenizer's vocabulary, padded; multiples of 128 are fastest on GPUs)."""
+    resid_pdrop: Probability = 0.0
+    """Dropout probability on what attention and feed-forward add to the residual stream."""
+    emb_pdrop: Probability = 0.0
+    """Dropout probability on the embeddings."""
+    learned_pos_emb: bool = True
+    """Learned absolute positions; ignored (off) when `attn_config.alibi` is on."""
+    attn_config: AttentionConfig = AttentionConfig()
+    """Attention."""
+    ffn_config: FFNConfig = FFNConfig()
+    """Feed-forward network."""
+    init_config: InitConfig = InitConfig()
+    """Initialisation."""
+    init_device: Literal["cpu", "meta", "mixed"] = "cpu"
+    """Where parameters are first made: `mixed` is cpu on local rank 0 and meta elsewhere. Read by the trainer."""
+    logit_scale: float | Literal["inv_sqrt_d_model"] | None = None
+    """Factor on the logits; `inv_sqrt_d_model` is 1/sqrt(d_model)."""
+    no_bias: bool = False
+    """Leave out every bias, those of the norms included (the released MPT-7B)."""
+    attention_bias: bool | None = None
+    """Bias of `Wqkv` only; null means not `no_bias`."""
+    embedding_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Factor f on the gradient of the embeddings: x*f + x.detach()*(1-f) (GLM-130B, arXiv:2210.02414)."""
+    norm_type: NormType = "low_precision_layernorm"
+    """The low-precision norms compute in autocast's dtype; without autocast they equal the others."""
+    norm_eps: PositiveFloat = 1e-5
+    """Added to the variance in the norms."""
+    tie_word_embeddings: bool = True
+    """Use the embedding matrix as the head; false adds `lm_head` (without bias)."""
+    use_cache: bool = False
+    """Accepted as in exported configs; generation always uses a cache, training never."""
+    loss_fn: Literal["fused_crossentropy", "torch_crossentropy"] = "fused_crossentropy"
+    """Accepted; both mean llmtrain's chunked cross-entropy."""
+
+    head_dim: PositiveInt | None = None
+    """Only null, or d_model / n_heads, so far."""
+    use_pad_tok_in_ffn: bool = True
+    """Only true so far."""
+    fc_type: str | dict[str, Any] = "torch"
+    """Linear layer implementation. Only `torch`."""
+    final_logit_softcapping: float | None = None
+    """Not supported yet: null."""
+    block_overrides: dict[str, Any] | None = None
+    """Not supported yet: null."""
+    activation_checkpointing_target: Any = None
+    """Not supported yet: null (whole blocks)."""
+    verbose: int = 0
+    """Accepted for old recipes; means nothing."""
+
+    @property
+    def uses_learned_positions(self) -> bool:
+        """Whether there is a `transformer.wpe`."""
+        return self.learned_pos_emb and not self.attn_config.alibi
+
+    @property
+    def ffn_hidden_size(self) -> int:
+        """Width of the feed-forward network."""
+        return self.ffn_config.ffn_hidden_size or int(self.d_model * self.expansion_ratio)
+
+    @property
+    def qkv_bias(self) -> bool:
+        """Whether `Wqkv` has a bias."""
+        return not self.no_bias if self.attention_bias is None else self.attention_bias
+
+    @property
+    def logit_factor(self) -> float | None:
+        """The number that the logits are multiplied with, or None."""
+        return self.d_model**-0.5 if self.logit_scale == "inv_sqrt_d_model" else self.logit_scale
+
+    @field_validator("attn_config", "ffn_config", "init_config", mode="before")
+    @classmethod
+    def _null_is_the_default(cls, value: Any, info: Any) -> Any:
+        return cls.model_fields[info.field_name].default if value is None else value
+
+    @field_validator(
+        "use_pad_tok_in_ffn", "final_logit_softcapping", "block_overrides", "activation_checkpointing_target"
+    )
+    @classmethod
+    def _not_supported_yet(cls, value: Any, info: Any) -> Any:
+        return _only(value, cls.model_fields[info.field_name].default)
+
+    @field_validator("fc_type")
+    @classmethod
+    def _torch_only(cls, value: Any) -> Any:
+        return _only(value, "torch", {"name": "torch"})
+
+    @field_validator("logit_scale")
+    @classmethod
+    def _logits_must_vary(cls, value: float | str | None) -> float | str | None:
+        if value == 0:
+            raise ValueError("0 makes all logits equal; remove it, or give a number or inv_sqrt_d_model")
+        return value
+
+    @model_validator(mode="after")
+    def _shapes_fit(self) -> Self:
+        if self.d_model % self.n_heads:
+            raise ValueError(f"d_model: {self.d_model} must be a multiple of n_heads: {self.n_heads}")
+        if self.attn_config.kv_n_heads not in (None, self.n_heads):
+            raise ValueError(
+                f"attn_config.kv_n_heads: {self.attn_config.kv_n_heads} is not supported yet; "
+                f"remove the key or set it to n_heads: {self.n_heads}"
+            )
+        if self.head_dim not in (None, self.d_model // self.n_heads):
+            raise ValueError(
+                f"head_dim: {self.head_dim} is not supported yet; remove the key (d_model / n_heads is used)"
+            )
+        if self.ffn_config.ffn_hidden_size is None and self.d_model * self.expansion_ratio % 1:
+            raise ValueError(
+                f"expansion_ratio: {self.expansion_ratio} * d_model: {self.d_model} must be an integer; "
+                "change it or set ffn_config.ffn_hidden_size"
+            )
+        return self

@@ -1,0 +1,1 @@
+"""Attention kernels behind one signature (`interface.py`); `select.py` chooses one."""

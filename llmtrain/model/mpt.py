@@ -1,0 +1,182 @@
+"""MPT: a decoder-only transformer with ALiBi (or learned positions) and, mostly, tied embeddings.
+
+Parameter names are those of llm-foundry's checkpoints, of the released MPT weights and of transformers' MptForCausalLM.
+There are no buffers: positions and biases are computed in each forward.
+"""
+
+import logging
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from llmtrain.errors import UserError
+from llmtrain.model import alibi
+from llmtrain.model.block import Block
+from llmtrain.model.cache import KVCache
+from llmtrain.model.config import MPTConfig
+from llmtrain.model.init import init_module
+from llmtrain.model.kernels.interface import Attention, Visibility
+from llmtrain.model.kernels.select import Choice, select
+from llmtrain.model.loss import chunked_cross_entropy, shift
+from llmtrain.model.norm import build_norm
+
+log = logging.getLogger(__name__)
+
+
+class MPTOutput(NamedTuple):
+    """What a forward returns (a NamedTuple, because FSDP2 looks for tensors in pytrees only)."""
+
+    logits: Tensor | None = None
+    """(batch, T, vocab_size), without labels only."""
+    loss: Tensor | None = None
+    """Mean over the targets, 0 if there are none; with labels only, as all that follow."""
+    loss_sum: Tensor | None = None
+    """Sum over the targets."""
+    n_targets: Tensor | None = None
+    """Number of targets, int64."""
+    n_correct: Tensor | None = None
+    """Number of targets that have the largest logit, int64; in evaluation mode only."""
+
+
+class LMHead(nn.Linear):
+    """An untied head; a module of its own, so that FSDP gathers its weight when it is called."""
+
+    def forward(self, hidden: Tensor, labels: Tensor | None) -> MPTOutput:  # type: ignore[override]
+        """Logits or loss of (batch, T, d_model) hidden states."""
+        return logits_or_loss(hidden, self.weight, labels, count_correct=not self.training)
+
+
+def logits_or_loss(hidden: Tensor, weight: Tensor, labels: Tensor | None, *, count_correct: bool) -> MPTOutput:
+    """The logits, or with labels (not shifted, -100 where ignored) the loss, without ever holding all logits."""
+    if labels is None:
+        return MPTOutput(logits=F.linear(hidden, weight))
+    sums = chunked_cross_entropy(hidden, weight, shift(labels), count_correct=count_correct)
+    return MPTOutput(None, sums.loss_sum / sums.n_targets.clamp(min=1), *sums)
+
+
+class Transformer(nn.Module):
+    """Token ids (batch, T) -> hidden states (batch, T, d_model) after the last norm."""
+
+    def __init__(self, config: MPTConfig, device: Any = None) -> None:
+        super().__init__()
+        self.config = config
+        d, attn = config.d_model, config.attn_config
+        self.slopes = tuple(alibi.slopes(config.n_heads, attn.alibi_bias_max)) if attn.alibi else None
+        self.choice: Choice | None = None
+        self.wte = nn.Embedding(config.vocab_size, d, device=device)
+        if config.uses_learned_positions:
+            self.wpe = nn.Embedding(config.max_seq_len, d, device=device)
+        self.emb_drop = nn.Dropout(config.emb_pdrop)
+        self.blocks = nn.ModuleList(Block(config, layer, device) for layer in range(config.n_layers))
+        self.norm_f = build_norm(config.norm_type, d, eps=config.norm_eps, bias=not config.no_bias, device=device)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """See MPT.forward."""
+        past = cache.length if cache is not None else 0
+        x = self.wte(input_ids)
+        if self.config.uses_learned_positions:
+            x = x + self.wpe(self._positions(input_ids, attention_mask, past))
+        fraction = self.config.embedding_fraction
+        if fraction != 1.0:
+            x = x * fraction + x.detach() * (1.0 - fraction)
+        x = self.emb_drop(x)
+        attend = self._attention(x, attention_mask, past)
+        for block in self.blocks:
+            x = block(x, attend, cache)
+        if cache is not None:
+            cache.advance(input_ids.shape[1])
+        return self.norm_f(x)  # type: ignore[no-any-return]
+
+    def _attention(self, x: Tensor, attention_mask: Tensor | None, past: int) -> Attention:
+        """The kernel with its bias, once for all layers."""
+        kind = x.device.type
+        choice = select(self.config.attn_config.attn_impl, kind)
+        if choice is not self.choice:
+            self.choice = choice
+            log.info(choice.reason)
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        padding = None if attention_mask is None else attention_mask.bool()
+        if padding is not None and bool((padding[:, 1:] <= padding[:, :-1]).all()):
+            padding = None  # padding on the right only: causality hides it, and no (batch, heads, T, T) bias is needed
+        seen = Visibility(x.shape[1], past + x.shape[1], x.device, dtype, slopes=self.slopes, padding=padding)
+        return Attention(choice.kernel, choice.kernel.prepare(seen))
+
+    def _positions(self, input_ids: Tensor, attention_mask: Tensor | None, past: int) -> Tensor:
+        """Learned positions count real tokens: padding on the left moves nothing."""
+        n = input_ids.shape[1]
+        if past + n > self.config.max_seq_len:
+            raise UserError(
+                f"max_seq_len: {self.config.max_seq_len} learned positions cannot take {past + n} tokens; "
+                "shorten the input (a model with ALiBi has no such limit)"
+            )
+        if attention_mask is None:
+            return torch.arange(past, past + n, device=input_ids.device)
+        return (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]
+
+
+class MPT(nn.Module):
+    """The language model: `transformer`, and `lm_head` when embeddings are not tied.
+
+    `device` is where the parameters are made, by default the CPU; on "meta" they stay without values, and
+    `param_init_fn`, called for each module after sharding, gives them some. Elsewhere they are initialised here.
+    """
+
+    def __init__(self, config: MPTConfig, device: str | torch.device | None = None) -> None:
+        super().__init__()
+        self.config = config
+        device = torch.device(device or "cpu")
+        # Made on meta first, so that torch's own initialisation of each layer costs nothing.
+        self.transformer = Transformer(config, "meta")
+        if not config.tie_word_embeddings:
+            self.lm_head = LMHead(config.d_model, config.vocab_size, bias=False, device="meta")
+        if device.type != "meta":
+            self.to_empty(device=device)
+            self.reset_parameters()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        sequence_id: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> MPTOutput:
+        """Logits, or with labels the loss.
+
+        Args:
+            input_ids: (batch, T) int64; with a cache, only the tokens that it has not seen.
+            labels: (batch, T) int64, a copy of the input_ids with -100 where the loss does not count; shifted here.
+            attention_mask: (batch, T, or cached + T), nonzero for real tokens. Right padding may be left out of it.
+            sequence_id: (batch, T) document numbers. Accepted and not used: attention crosses documents, as with
+                llm-foundry's `attn_uses_sequence_id: false`.
+            cache: keys and values of earlier forwards; extended here.
+
+        Raises UserError for more tokens than the kernel or the learned positions can take.
+        """
+        if cache is not None and cache.length == 0 and attention_mask is not None and not attention_mask[:, -1].all():
+            raise ValueError("generation from padded prompts needs the padding on the left")
+        hidden = self.transformer(input_ids, attention_mask, cache)
+        factor = self.config.logit_factor
+        if factor is not None:
+            hidden = hidden * factor  # scales the logits, and d_model numbers a token instead of vocab_size
+        if self.config.tie_word_embeddings:
+            return logits_or_loss(hidden, self.transformer.wte.weight, labels, count_correct=not self.training)
+        return self.lm_head(hidden, labels)  # type: ignore[no-any-return]
+
+    def reset_parameters(self) -> None:
+        """Initialise everything, as `init_config` says, from torch's current random state."""
+        self.apply(self.param_init_fn)
+
+    def param_init_fn(self, module: nn.Module) -> None:
+        """Initialise one module's own parameters, sharded or not (Composer calls this after sharding meta models)."""
+        init_module(module, self.config)
+
+    def fsdp_wrap_fn(self, module: nn.Module) -> bool:
+        """Which modules are sharded as a unit: the blocks and the untied head; all the rest belongs to the root."""
+        return isinstance(module, (Block, LMHead))
+
+    def activation_checkpointing_fn(self, module: nn.Module) -> bool:
+        """Which modules are recomputed in backward when that is asked for: the blocks."""
+        return isinstance(module, Block)
