@@ -67,10 +67,11 @@ class TextDatasetConfig(Config):
     """Decides the order of the rows; kept in checkpoints."""
     shuffle_block_size: int | None = Field(default=None, gt=0)
     """Rows shuffled among each other; Streaming's own choice when left out."""
-    num_canonical_nodes: int = Field(default=64, gt=0)
-    """How many parts the rows are cut into before they go to the nodes. llmtrain always sets it (llm-foundry leaves it
-    to the number of nodes), so that the order of the samples does not depend on how many machines a run has. Must be
-    a multiple or a divisor of the number of nodes."""
+    num_canonical_nodes: int | None = Field(default=None, gt=0)
+    """How many parts the rows are cut into before they go to the nodes; a multiple or a divisor of the number of
+    nodes. When left out, llmtrain takes 64 for shuffled data and 1 for unshuffled (llm-foundry goes by the number of
+    nodes, so that the order of the samples changes with it). Up to that many rows less one come twice in an epoch,
+    to make the parts equal; with 1 none does, as it must be in an evaluation."""
     epoch_size: int | str | None = None
     """Samples in an epoch when streams have proportions; the sum of all streams' samples when left out."""
     batching_method: Literal["random", "stratified", "per_stream", "device_per_stream"] = "random"
@@ -129,6 +130,11 @@ class TextDatasetConfig(Config):
         if self.eos_token_id is not None and self.bos_token_id is not None:
             raise ValueError("give eos_token_id or bos_token_id, not both: each alone marks where a document ends")
         return self
+
+    @property
+    def canonical_nodes(self) -> int:
+        """`num_canonical_nodes`, always a number."""
+        return self.num_canonical_nodes or (64 if self.shuffle else 1)
 
 
 class TextLoaderConfig(Config):

@@ -1,0 +1,257 @@
+"""Streaming's dataset, loader and stream, without their silent failures.
+
+As it is (0.13), a shard that cannot be downloaded or whose hash is wrong ends the epoch early without an exception, or
+stops the process for ever: the failing thread leaves the shard marked as "being prepared", and everyone else waits for
+it. The bad file stays in the cache, where the next run takes it for good. Here such a shard is an exception that
+names it, and its cached copy is deleted.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from time import sleep
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from streaming import Stream, StreamingDataLoader, StreamingDataset
+from streaming.base.constant import TICK
+from streaming.base.dataset import _Iterator, _ShardState
+from streaming.base.world import World
+
+from llmtrain.data.shards import INDEX, check_columns, check_names, without_password
+from llmtrain.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+class ShardError(UserError):
+    """A shard cannot be had or read; names it."""
+
+
+class GuardedStream(Stream):  # type: ignore[misc]
+    """A stream that looks at its index before it trusts it."""
+
+    name = ""
+    max_seq_len = 1
+    validate_hash: str | None
+
+    def get_shards(self, world: World, allow_unsafe_types: bool) -> list[Any]:
+        """Fetch and check the index.
+
+        Raises:
+            UserError: It cannot be fetched or read, or the shards are not rows of tokens.
+        """
+        where = self.describe()
+        index = Path(self.local) / self.split / INDEX
+        try:
+            shards: list[Any] = super().get_shards(world, allow_unsafe_types)
+        except Exception as problem:  # each kind of storage raises its own
+            if (
+                isinstance(problem, (ValueError, KeyError, TypeError))
+                and self.has_other_copy()
+                and world.is_local_leader
+            ):
+                index.unlink(missing_ok=True)  # or the next run would find the same damaged copy
+            reason = without_password(f"{type(problem).__name__}: {problem}")
+            raise UserError(f"{where}: its {INDEX} cannot be fetched or read: {reason}") from problem
+        files = [info for shard in shards for pair in shard.file_pairs for info in pair if info is not None]
+        check_names([info.basename for info in files], where)
+        for shard in shards[:1]:  # prep writes all shards of a folder alike; rows are checked again when they are read
+            check_columns(shard.column_names, shard.column_encodings, self.max_seq_len, where)
+        known = set.intersection(*(set(info.hashes) for info in files)) if files else set()
+        if self.validate_hash is None:
+            self.validate_hash = min(known, default=None)
+        elif self.validate_hash not in known:
+            has = ", ".join(sorted(known)) or "none"
+            raise UserError(f"{where}: validate_hash is {self.validate_hash!r}, but the shards have: {has}")
+        return shards
+
+    def has_other_copy(self) -> bool:
+        """Whether the local files are a cache of something else: only then may a bad one be deleted."""
+        if self.remote is None:
+            return False
+        return "://" in self.remote or Path(self.remote).resolve() != Path(self.local).resolve()
+
+    def describe(self) -> str:
+        """For messages: the stream's name and place."""
+        place = without_password(str(Path(self.local if self.remote is None else self.remote)))
+        if self.remote is not None and "://" in self.remote:
+            place = without_password(self.remote)  # Path would swallow a slash
+        split = f"/{self.split}" if self.split else ""
+        return f"stream {self.name!r} ({place}{split})" if self.name else f"{place}{split}"
+
+
+class GuardedDataset(StreamingDataset):  # type: ignore[misc]
+    """A StreamingDataset that raises when it cannot give all the samples it promised.
+
+    Raises, while it is iterated:
+        ShardError: A shard is missing or damaged, or the epoch ended before its last sample.
+    """
+
+    _problem: Exception | None = None
+    _promised = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        """This worker's samples of the next epoch, all of them or an exception."""
+        self._problem = None
+        seen = promised = 0
+        for sample in super().__iter__():
+            promised = promised or self._promised
+            seen += 1
+            yield sample
+        if self._problem is not None:
+            raise self._problem
+        if seen != (promised or self._promised):
+            raise ShardError(
+                f"the epoch ended after {seen:,} of {promised or self._promised:,} samples of this worker: "
+                "a reader stopped, or a second iteration over the same dataset was started"
+            )
+
+    def get_item(self, sample_id: int, retry: int = 7) -> Any:
+        """One sample, by its number in the whole dataset.
+
+        Raises:
+            ShardError: Its shard is missing or damaged.
+        """
+        try:
+            return super().get_item(sample_id, retry)
+        except Exception as problem:  # whatever a damaged shard makes of numpy, json or the storage
+            if hasattr(self, "_event"):
+                self._event.set()  # the threads need not go on
+            if isinstance(problem, UserError):
+                raise
+            if self._problem is not None:
+                raise self._problem from problem
+            shard_id, row = self.spanner[sample_id]
+            raise self._failed(shard_id, problem, f", row {row},") from problem
+
+    def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
+        """Download and decompress a shard; a damaged cached copy is fetched once more.
+
+        Raises:
+            ShardError: It cannot be had.
+        """
+        try:
+            super().prepare_shard(shard_id, blocking)
+        except Exception as first:
+            if not self._forget(shard_id):
+                raise self._failed(shard_id, first) from first
+            log.warning("%s: %s. Its cached copy is deleted and fetched again.", self._name(shard_id), first)
+            try:
+                super().prepare_shard(shard_id, blocking)
+            except Exception as second:
+                raise self._failed(shard_id, second) from second
+
+    def load_state_dict(self, obj: dict[str, Any]) -> None:
+        """Go on where a checkpoint stood. The seed and the canonical nodes are the checkpoint's from now on."""
+        for key in ("shuffle_seed", "num_canonical_nodes"):
+            ours, theirs = getattr(self, key), obj.get(key)
+            if theirs is not None and theirs != ours:
+                log.warning("%s: the recipe says %s, the checkpoint %s; the checkpoint's holds.", key, ours, theirs)
+        super().load_state_dict(obj)
+
+    def _get_work(self, epoch: int, sample_in_epoch: int) -> NDArray[np.int64]:
+        work: NDArray[np.int64] = super()._get_work(epoch, sample_in_epoch)
+        self._promised = int((work != -1).sum())  # -1 pads the ranks to the same length
+        return work
+
+    def _prepare_thread(self, it: _Iterator) -> None:
+        self._report(super()._prepare_thread, it)
+
+    def _ready_thread(self, it: _Iterator) -> None:
+        self._report(self._make_ready, it)
+
+    def _report(self, body: Callable[[_Iterator], None], it: _Iterator) -> None:
+        """Run a background thread; what it raises is kept for the thread that yields the samples."""
+        try:
+            body(it)
+        except Exception as problem:
+            self._problem = self._problem or problem
+            self._event.set()
+            it.on_exit()  # or the end of the iteration would wait for this thread for ever
+
+    def _make_ready(self, it: _Iterator) -> None:
+        """Follow the downloads in the order of the samples.
+
+        In place of Streaming's own loop, which waits for ever for a shard that another process failed to download.
+        """
+        while not (it.should_exit() or self._event.is_set() or it.ready_index == it.total):
+            if self.predownload is not None and it.ready_index - it.yield_index > self.predownload:
+                sleep(TICK)
+                continue
+            sample_id = it.sample_ids[it.ready_index]
+            if sample_id != -1:
+                self._await_shard(self.spanner[sample_id][0])
+            it.ready_index += 1
+        it.on_exit()
+
+    def _await_shard(self, shard_id: int) -> None:
+        while not self._event.is_set():
+            state = self._shard_states[shard_id]
+            if state == _ShardState.LOCAL:
+                return
+            if state == _ShardState.REMOTE:
+                self.prepare_shard(shard_id, False)
+            else:
+                sleep(TICK)
+
+    def _forget(self, shard_id: int) -> bool:
+        """Give a shard back that could not be prepared; True when a cached copy of it was deleted."""
+        if self._cache_filelock.is_locked:
+            self._cache_filelock.release(force=True)
+        deleted = False
+        if self.streams[self.stream_per_shard[shard_id]].has_other_copy():
+            for file in self._files(shard_id):
+                deleted = deleted or file.exists()
+                file.unlink(missing_ok=True)
+        self._shard_states[shard_id] = _ShardState.REMOTE
+        return deleted
+
+    def _failed(self, shard_id: int, problem: Exception, where: str = "") -> ShardError:
+        if not hasattr(self, "_cache_filelock"):
+            return ShardError(f"{self._name(shard_id)}{where} cannot be read: {problem}")
+        deleted = self._forget(shard_id)
+        reason = without_password(str(problem).strip() or repr(problem))
+        after = " Its cached copy was deleted." if deleted else ""
+        cure = "Check it at its source" if self._stream(shard_id).has_other_copy() else "Prepare or copy the data again"
+        return ShardError(f"{self._name(shard_id)}{where} cannot be read: {reason}.{after} {cure}")
+
+    def _stream(self, shard_id: int) -> GuardedStream:
+        stream: GuardedStream = self.streams[self.stream_per_shard[shard_id]]
+        return stream
+
+    def _files(self, shard_id: int) -> list[Path]:
+        stream = self._stream(shard_id)
+        pairs = self.shards[shard_id].file_pairs
+        return [
+            Path(stream.local) / stream.split / info.basename for pair in pairs for info in pair if info is not None
+        ]
+
+    def _name(self, shard_id: int) -> str:
+        raw, packed = self.shards[shard_id].file_pairs[0]
+        return f"{self._stream(shard_id).describe()}: shard {(packed or raw).basename}"
+
+
+class GuardedLoader(StreamingDataLoader):  # type: ignore[misc]
+    """A StreamingDataLoader whose workers' errors are as short as those of the process itself."""
+
+    def __iter__(self) -> Iterator[Any]:
+        """The batches of the next epoch.
+
+        Raises:
+            ShardError: As the dataset says, or no batch came within `timeout` seconds.
+        """
+        try:
+            yield from super().__iter__()
+        except UserError as problem:
+            kind = type(problem)
+            message = str(problem).rpartition(f"{kind.__module__}.{kind.__qualname__}: ")[2].strip()
+            raise kind(message) from problem
+        except RuntimeError as problem:
+            if "timed out" not in str(problem):
+                raise
+            raise ShardError(
+                f"no batch from the loader's workers within {self.timeout:.0f} s: the storage hangs, or reading takes "
+                "longer than that (timeout in the loader's block)"
+            ) from problem

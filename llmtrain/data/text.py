@@ -1,0 +1,200 @@
+"""The `text` loader: rows of token ids from MDS shards, for pretraining."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from llmtrain.data.batch import TextCollator
+from llmtrain.data.config import StreamConfig, TextDatasetConfig, TextLoaderConfig
+from llmtrain.data.guarded_streaming import GuardedDataset, GuardedLoader, GuardedStream
+from llmtrain.data.shards import prepared_with, require_index
+from llmtrain.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+class TextDataset(GuardedDataset):
+    """Rows of exactly `max_seq_len` token ids.
+
+    Args:
+        cfg: What to read and in which order.
+        vocab_size: Ids that the model has; a row with a larger one is refused.
+        batch_size: Rows in a batch of one device.
+    """
+
+    def __init__(self, cfg: TextDatasetConfig, *, vocab_size: int, batch_size: int) -> None:
+        self.max_seq_len = cfg.max_seq_len
+        self.vocab_size = vocab_size
+        self._bytes_dtype = np.dtype(cfg.token_encoding_type)
+        self._with_ids = cfg.return_sample_ids
+        super().__init__(
+            streams=_streams(cfg),
+            split=cfg.split,
+            download_retry=cfg.download_retry,
+            download_timeout=cfg.download_timeout,
+            validate_hash=cfg.validate_hash,
+            keep_zip=cfg.keep_zip,
+            epoch_size=cfg.epoch_size,
+            predownload=cfg.predownload,
+            cache_limit=cfg.cache_limit,
+            sampling_method=cfg.sampling_method,
+            sampling_granularity=cfg.sampling_granularity,
+            partition_algo=cfg.partition_algo,
+            num_canonical_nodes=cfg.canonical_nodes,
+            batch_size=batch_size,
+            shuffle=cfg.shuffle,
+            shuffle_algo=cfg.shuffle_algo,
+            shuffle_seed=cfg.shuffle_seed,
+            shuffle_block_size=cfg.shuffle_block_size,
+            batching_method=cfg.batching_method,
+            allow_unsafe_types=cfg.allow_unsafe_types,
+            replication=cfg.replication,
+        )
+
+    def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Any]:
+        """One row: `tokens`, (max_seq_len,) of an integer dtype; `sample_id` where it is asked for.
+
+        Raises:
+            UserError: The row is too short, or has an id that the model does not know; names shard and row.
+            ShardError: Its shard is missing or damaged.
+        """
+        sample = super().get_item(sample_id, retry)
+        tokens = sample["tokens"]
+        if isinstance(tokens, bytes):
+            tokens = self._from_bytes(tokens, sample_id)
+        if tokens.ndim != 1 or len(tokens) < self.max_seq_len or tokens.dtype.kind not in "iu":
+            raise UserError(
+                f"{self._row(sample_id)}: expected at least max_seq_len = {self.max_seq_len} integer tokens, "
+                f"found {tokens.dtype} {tokens.shape}"
+            )
+        tokens = tokens[: self.max_seq_len]
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= self.vocab_size:
+            raise UserError(
+                f"{self._row(sample_id)}: token id {low if low < 0 else high} is outside of the model's vocabulary of "
+                f"{self.vocab_size}. Were these shards made with another tokenizer (or is token_encoding_type wrong)?"
+            )
+        return {"tokens": tokens, "sample_id": sample_id} if self._with_ids else {"tokens": tokens}
+
+    def _from_bytes(self, data: bytes, sample_id: int) -> NDArray[Any]:
+        if len(data) % self._bytes_dtype.itemsize:
+            raise UserError(
+                f"{self._row(sample_id)}: {len(data)} bytes are no whole number of {self._bytes_dtype.name}: "
+                "set token_encoding_type to the type that the shards were written with"
+            )
+        return np.frombuffer(data, self._bytes_dtype)
+
+    def _row(self, sample_id: int) -> str:
+        shard_id, row = self.spanner[sample_id]
+        return f"{self._name(shard_id)}, row {row}"
+
+
+def build_text_loader(
+    cfg: TextLoaderConfig,
+    *,
+    eos_token_id: int | None,
+    tokenizer_fingerprint: str,
+    vocab_size: int,
+    device_batch_size: int,
+) -> GuardedLoader:
+    """Open the shards, check that they fit the run, and make the loader.
+
+    Args:
+        cfg: The loader's block of the recipe.
+        eos_token_id: The tokenizer's.
+        tokenizer_fingerprint: `llmtrain.tokenizer.fingerprint` of the run's tokenizer.
+        vocab_size: Of the model (at least the tokenizer's).
+        device_batch_size: Rows in a batch of one device.
+
+    Returns:
+        A loader of dicts as `TextCollator` makes them. Its state (`state_dict`, `load_state_dict`) is Streaming's.
+
+    Raises:
+        UserError: There are no shards, or they do not fit the tokenizer, `max_seq_len` or the batch size.
+        ShardError: While it is iterated, see `GuardedDataset`.
+    """
+    data = cfg.dataset
+    _check_boundary(data, eos_token_id)
+    for name, key, stream in _named_streams(data):
+        split = stream.split if stream.split is not None else data.split or ""
+        if stream.remote is None:
+            require_index(Path(stream.local or "") / split, key + "local")
+        elif "://" not in stream.remote:
+            require_index(Path(stream.remote) / split, key + "remote")
+        if name and stream.local is None and stream.remote is not None:
+            log.info("stream %r has no local: its shards are cached in the temporary folder", name)
+    try:
+        dataset = TextDataset(data, vocab_size=vocab_size, batch_size=device_batch_size)
+    except ValueError as problem:  # Streaming's own checks of its arguments
+        raise UserError(f"dataset: {problem}") from problem
+    for stream in dataset.streams:
+        _check_origin(stream, data, tokenizer_fingerprint)
+    _check_amounts(dataset, cfg, device_batch_size)
+    workers = cfg.num_workers
+    return GuardedLoader(
+        dataset,
+        batch_size=device_batch_size,
+        collate_fn=TextCollator(eos_token_id=data.eos_token_id, bos_token_id=data.bos_token_id),
+        drop_last=cfg.drop_last,
+        num_workers=workers,
+        pin_memory=cfg.pin_memory and torch.cuda.is_available(),
+        prefetch_factor=cfg.prefetch_factor if workers else None,
+        persistent_workers=cfg.persistent_workers and workers > 0,
+        timeout=cfg.timeout if workers else 0,
+    )
+
+
+def _named_streams(cfg: TextDatasetConfig) -> list[tuple[str, str, StreamConfig]]:
+    """Name, prefix of its keys in messages, and config of each stream."""
+    if cfg.streams is not None:
+        return [(name, f"dataset.streams.{name}.", stream) for name, stream in cfg.streams.items()]
+    return [("", "dataset.", StreamConfig(local=cfg.local, remote=cfg.remote))]
+
+
+def _streams(cfg: TextDatasetConfig) -> list[GuardedStream]:
+    streams = []
+    for name, _, settings in _named_streams(cfg):
+        stream = GuardedStream(**settings.model_dump())
+        stream.name = name
+        stream.max_seq_len = cfg.max_seq_len
+        streams.append(stream)
+    return streams
+
+
+def _check_boundary(cfg: TextDatasetConfig, eos_token_id: int | None) -> None:
+    given = cfg.eos_token_id
+    if given is not None and given != eos_token_id and not cfg.override_eos_token_id_mismatch_error:
+        raise UserError(
+            f"dataset.eos_token_id is {given}, but the tokenizer's is {eos_token_id}. Use the tokenizer's, or set "
+            "override_eos_token_id_mismatch_error: true when the shards really have the other one"
+        )
+
+
+def _check_origin(stream: GuardedStream, cfg: TextDatasetConfig, tokenizer_fingerprint: str) -> None:
+    made = prepared_with(Path(stream.local) / stream.split)
+    theirs = None if made is None else made.get("tokenizer_fingerprint")
+    if theirs is None:
+        log.info("%s was not made by llmtrain prep: its tokenizer cannot be compared", stream.describe())
+    elif theirs != tokenizer_fingerprint and not cfg.override_tokenizer_mismatch_error:
+        raise UserError(
+            f"{stream.describe()} was made with another tokenizer (fingerprint {theirs[:12]}) than the recipe's "
+            f"({tokenizer_fingerprint[:12]}). Set tokenizer.name to the one that made the data, or prepare it again"
+        )
+
+
+def _check_amounts(dataset: TextDataset, cfg: TextLoaderConfig, device_batch_size: int) -> None:
+    nodes = dataset._parallel_rank_world.num_nodes
+    canonical = cfg.dataset.canonical_nodes
+    if canonical % nodes and nodes % canonical:
+        raise UserError(f"dataset.num_canonical_nodes: {canonical} is no multiple or divisor of the {nodes} nodes")
+    if cfg.drop_last and len(dataset) < device_batch_size:
+        raise UserError(
+            f"the data has {dataset.epoch_size:,} rows, {len(dataset):,} a device: not one full batch of "
+            f"{device_batch_size}. Use a smaller batch, more data, or drop_last: false"
+        )
+    for stream, rows in zip(dataset.streams, dataset.samples_per_stream, strict=True):
+        log.info("%s: %d rows, %d of them an epoch (%.3g times)", stream.describe(), rows, stream.choose, stream.repeat)
