@@ -4,7 +4,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -95,8 +95,9 @@ def copy_tokenizer(source: Path, target: Path, vocab_size: int) -> dict[str, int
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
     ids: dict[str, int | None] = {}
-    for which in ("bos", "eos", "pad"):
-        text = special_token(str(source), which)  # type: ignore[arg-type]
+    kinds: tuple[Literal["bos", "eos", "pad"], ...] = ("bos", "eos", "pad")
+    for which in kinds:
+        text = special_token(str(source), which)
         ids[f"{which}_token_id"] = None if text is None else raw.token_to_id(text)
     if ids["pad_token_id"] is None:
         ids["pad_token_id"] = ids["eos_token_id"]

@@ -71,7 +71,8 @@ def recipe_of(path: Path, recipe: Path | None = None) -> dict[str, Any] | None:
 def _load_recipe(path: Path) -> dict[str, Any]:
     from llmtrain.recipe.load import load_recipe
 
-    return load_recipe(path).model_dump(mode="json")
+    data: dict[str, Any] = load_recipe(path).model_dump(mode="json")
+    return data
 
 
 def _verified_manifest(folder: Path, source: Path) -> manifest.Manifest | None:

@@ -1,4 +1,4 @@
-"""Whatever a user points at (run, checkpoint, ``.pt`` file, Hugging Face folder), opened: config, weights, tokenizer."""
+"""Whatever a user points at (run, checkpoint, ``.pt`` file, Hugging Face folder), opened."""
 
 import logging
 from dataclasses import dataclass
