@@ -1,15 +1,50 @@
-# make train   everything from a fresh clone to a trained, exported, generating tiny MPT
-# make test    the tests (what CI runs)
-PYTHON ?= python3
-VENV   ?= .venv
-BIN    := $(VENV)/bin
+# make train     from a fresh clone to a tiny MPT that is trained, exported and generates; again: resumes, or says it is complete
+# make test      the tests that CI runs
+# make test-pip  the fast tests in the second environment: plain pip, torch 2.7.0
+PYTHON   ?= python3
+VENV     ?= .venv
+VENV_PIP ?= .venv-pip
+BIN      := $(VENV)/bin
+RANKS    ?= 2
+TEST     ?=
 
 .PHONY: setup train test test-pip lint clean
 
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml constraints.txt
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -x $(BIN)/python || { echo "setup       $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@$(BIN)/python -m pip install -q --disable-pip-version-check uv
 	VIRTUAL_ENV=$(abspath $(VENV)) $(BIN)/uv pip install -e '.[dev]' --constraint constraints.txt
 	@touch $@
+
+# Every step below knows by itself whether it is done, and says so in one line.
+train: setup
+	$(BIN)/llmtrain prep data_prep/tiny.yaml
+	$(BIN)/composer -n $(RANKS) train.py yamls/mpt-tiny.yaml
+	$(BIN)/llmtrain export runs/mpt-tiny runs/mpt-tiny/export
+	$(BIN)/llmtrain generate runs/mpt-tiny/export --prompt 'def __init__(self' --prompt 'The "with" statement' --prompt 'import os' --max-new-tokens 48
+	@echo "loss curve  runs/mpt-tiny/loss.png"
+
+test: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest $(TEST)
+
+$(VENV_PIP)/.ready: pyproject.toml
+	@test -x $(VENV_PIP)/bin/python || $(PYTHON) -m venv $(VENV_PIP)
+	$(VENV_PIP)/bin/python -m pip install --disable-pip-version-check . pytest hypothesis tensorboard 'mlflow<3'
+	@touch $@
+
+test-pip: $(VENV_PIP)/.ready
+	$(VENV_PIP)/bin/python -m pip install -q --disable-pip-version-check --no-deps --force-reinstall .
+	$(VENV_PIP)/bin/python -m pytest -m 'not slow' $(TEST)
+
+lint: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) $(VENV_PIP) data runs
