@@ -1,0 +1,52 @@
+"""A model and its tokenizer, ready to generate, from a run, a checkpoint or an export."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from llmtrain.checkpoint.source import open_source
+from llmtrain.errors import UserError
+from llmtrain.model.mpt import MPT
+from llmtrain.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+def load(
+    path: Path, *, recipe: Path | None = None, device: str | None = None, dtype: str | None = None
+) -> tuple[MPT, "PreTrainedTokenizerFast"]:
+    """Load a model in evaluation mode, and its tokenizer.
+
+    Args:
+        path: A run, its ``checkpoints/`` folder, a checkpoint, a ``.pt`` file, or an export (Hugging Face folder).
+        recipe: The YAML file with model and tokenizer, for a checkpoint that carries none.
+        device: ``cpu``, ``cuda``, ``cuda:1``; by default a GPU if there is one.
+        dtype: ``float32``, ``bfloat16``, ``float16`` or ``float64``; by default bfloat16 on a GPU, float32 on the CPU.
+
+    Raises:
+        UserError: nothing usable there, or no tokenizer is known.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    name = dtype or ("bfloat16" if device.startswith("cuda") else "float32")
+    if name not in DTYPES:
+        raise UserError(f"dtype {dtype}: use one of {', '.join(DTYPES)}.")
+    source = open_source(path, recipe)
+    if source.tokenizer is None:
+        raise UserError(
+            f"{path}: no tokenizer is known for this model (no tokenizer.json beside it, no recipe). "
+            "Pass its recipe: --recipe yamls/x.yaml"
+        )
+    tokenizer = load_tokenizer(source.tokenizer)
+    if len(tokenizer) > source.config.vocab_size:
+        raise UserError(
+            f"{source.tokenizer.name}: {len(tokenizer):,} tokens, but the model has {source.config.vocab_size:,} "
+            "embeddings: they do not belong together."
+        )
+    model = MPT(source.config, device="meta")
+    weights = {key: value.to(device, DTYPES[name]) for key, value in source.weights.items()}
+    model.load_state_dict(weights, strict=True, assign=True)
+    return model.eval(), tokenizer
