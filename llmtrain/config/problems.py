@@ -11,7 +11,7 @@ from pydantic_core import ErrorDetails
 
 from llmtrain.config.base import Config
 from llmtrain.config.positions import COMMAND_LINE, Path, Position, Positions, dotted, lookup
-from llmtrain.config.schema_keys import branches, fields_of, models_at, models_in, name_of, places_of
+from llmtrain.config.schema_keys import branches, descend, fields_of, models_at, models_in, name_of, places_of
 from llmtrain.config.secrets import redact
 from llmtrain.errors import UserError
 
@@ -92,7 +92,9 @@ def _yaml_path(detail: ErrorDetails, data: Any) -> Path:
         elif index == len(loc) - 1 and detail["type"] == "missing":
             path.append(str(step))
     if detail["type"] == "mistake":
-        path += [key for key in detail["ctx"]["key"].split(".") if key]
+        for key in filter(None, detail["ctx"]["key"].split(".")):
+            if not (key.isdigit() and isinstance(data, Mapping)):  # a single block where a list may stand
+                path, data = [*path, key], descend(data, key)
     if detail["type"] in ("union_tag_invalid", "union_tag_not_found") and isinstance(data, Mapping):
         path.append("name")
     return tuple(path)
@@ -238,7 +240,7 @@ def _about(path: Path, schema: type[BaseModel], data: Any) -> str:
         if info is not None and info.description:
             paragraph = " ".join(info.description.split("\n\n")[0].split())
             sentence = paragraph.split(". ")[0].rstrip(".")
-            return f"(`{path[-1]}`: {sentence}.)"
+            return f"(`{path[-1]}`: {sentence}.)" if len(sentence) <= 120 else ""
     return ""
 
 

@@ -44,8 +44,18 @@ def models_at(schema: type[BaseModel], path: Path, data: Any) -> list[type[BaseM
     annotations: list[Any] = [schema]
     for key in path:
         annotations = [child for annotation in annotations for child in _children(annotation, key, data)]
-        data = _descend(data, key)
+        data = descend(data, key)
+    if isinstance(data, Mapping):  # a single block where a list may stand
+        annotations += [item for annotation in annotations for item in _items(annotation)]
     return _decided([model for annotation in annotations for model in models_in(annotation)], data)
+
+
+def _items(annotation: Any) -> Iterator[Any]:
+    """The type of the items, where a list may stand."""
+    for member in branches(annotation):
+        origin = get_origin(member)
+        if isinstance(origin, type) and issubclass(origin, Sequence) and get_args(member):
+            yield get_args(member)[0]
 
 
 def _children(annotation: Any, key: str, data: Any) -> Iterator[Any]:
@@ -56,12 +66,11 @@ def _children(annotation: Any, key: str, data: Any) -> Iterator[Any]:
         origin = get_origin(member)
         if isinstance(origin, type) and issubclass(origin, Mapping):
             yield get_args(member)[1]
-        elif isinstance(origin, type) and issubclass(origin, Sequence) and get_args(member):
-            item = get_args(member)[0]
-            if key.isdigit():
-                yield item
-            elif isinstance(data, Mapping):  # a single block where a list may stand
-                yield from _children(item, key, data)
+    for item in _items(annotation):
+        if key.isdigit():
+            yield item
+        elif isinstance(data, Mapping):
+            yield from _children(item, key, data)
 
 
 def _decided(models: list[type[BaseModel]], data: Any) -> list[type[BaseModel]]:
@@ -70,7 +79,8 @@ def _decided(models: list[type[BaseModel]], data: Any) -> list[type[BaseModel]]:
     return [model for model in models if name in name_of(model)] or models
 
 
-def _descend(data: Any, key: str) -> Any:
+def descend(data: Any, key: str) -> Any:
+    """The value of one key or list position; None when there is none."""
     if isinstance(data, Mapping):
         return data.get(key)
     if isinstance(data, (list, tuple)) and key.isdigit() and int(key) < len(data):
@@ -90,10 +100,8 @@ def places_of(schema: type[BaseModel], key: str) -> list[Path]:
                 if name == key:
                     found[(*path, name)] = None
                 visit(info.annotation, (*path, name), (*above, model))
-        for member in branches(annotation):
-            origin = get_origin(member)
-            if isinstance(origin, type) and issubclass(origin, Sequence) and get_args(member):
-                visit(get_args(member)[0], path, above)
+        for item in _items(annotation):
+            visit(item, path, above)
 
     visit(schema, (), ())
     return sorted(found, key=lambda place: (len(place), place))

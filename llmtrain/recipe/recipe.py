@@ -1,0 +1,315 @@
+"""The training recipe: every key that a training YAML may have. Names and meanings are llm-foundry's. Light."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, field_validator, model_validator
+
+from llmtrain.config.base import Config, mistake
+from llmtrain.config.durations import Interval, RunLength
+from llmtrain.data.config import TextLoaderConfig
+from llmtrain.model.config import MPTConfig
+from llmtrain.recipe.legacy import ADVICE, MICROBATCH_AUTO
+from llmtrain.tokenizer import TokenizerConfig
+from llmtrain.training.algorithms import AlgorithmsConfig
+from llmtrain.training.callbacks import CallbacksConfig
+from llmtrain.training.fsdp import FSDPConfig, PrecisionByUse
+from llmtrain.training.loggers import LoggersConfig
+from llmtrain.training.optimizers import DecoupledLionWConfig, OptimizerConfig
+from llmtrain.training.schedulers import SchedulerConfig, units_problem
+
+ModelConfig = MPTConfig
+"""What may stand under `model`; becomes a union discriminated by `name` when there is a second kind."""
+
+TrainLoader = TextLoaderConfig
+"""What may stand under `train_loader`; becomes a union discriminated by `name` when there is a second kind."""
+
+
+class TextEvalLoader(TextLoaderConfig):
+    """An evaluation loader: a text loader with a label."""
+
+    label: str | None = None
+    """Name of the evaluator; needed when there are several."""
+    drop_last: bool = False
+    """Drop the last batch when it is not full. Evaluation sees every row."""
+
+
+def _as_list(value: Any) -> Any:
+    return () if value is None else [value] if isinstance(value, Mapping) else value
+
+
+def _one_of_any_case(value: Any) -> Any:
+    return value.lower() if isinstance(value, str) else value
+
+
+class ProfilerScheduleConfig(Config):
+    """Composer's cyclic schedule: which batches are profiled."""
+
+    skip_first: int = Field(default=0, ge=0)
+    """Batches before the first cycle."""
+    wait: int = Field(default=0, ge=0)
+    """Batches of a cycle that are not profiled."""
+    warmup: int = Field(default=1, ge=0)
+    """Batches that are profiled and thrown away."""
+    active: int = Field(default=4, ge=1)
+    """Batches that are recorded."""
+    repeat: int = Field(default=1, ge=0)
+    """Cycles; 0 goes on to the end."""
+
+
+class ProfilerConfig(Config):
+    """Composer's profiler."""
+
+    schedule: ProfilerScheduleConfig
+    """Which batches."""
+    json_trace_handler: dict[str, Any] = Field(default_factory=dict)
+    """Settings of Composer's JSONTraceHandler."""
+    torch_prof_folder: str | None = None
+    """Folder of torch's profiles; RUN/torch_profiles when left out."""
+    torch_prof_record_shapes: bool = False
+    """Record tensor shapes."""
+    torch_prof_profile_memory: bool = False
+    """Record memory."""
+    torch_prof_with_stack: bool = False
+    """Record Python stacks."""
+    torch_prof_with_flops: bool = False
+    """Estimate FLOPs."""
+    sys_prof_cpu: bool = True
+    """Record CPU use."""
+    sys_prof_memory: bool = False
+    """Record memory use."""
+    sys_prof_disk: bool = False
+    """Record disk use."""
+    sys_prof_net: bool = False
+    """Record network use."""
+
+
+class Recipe(Config):
+    """A training run."""
+
+    ADVICE: ClassVar[Mapping[str, str]] = ADVICE
+
+    # What is trained
+    model: ModelConfig
+    """The model."""
+    tokenizer: TokenizerConfig
+    """The tokenizer that the shards were made with."""
+    max_seq_len: PositiveInt
+    """Tokens in a sequence. Also sets model.max_seq_len, tokenizer.kwargs.model_max_length and the loaders'
+    dataset.max_seq_len, where those do not say otherwise."""
+    max_duration: RunLength
+    """Length of the run: `10ba`, `1ep`, `2e9tok`; a plain number counts epochs."""
+    seed: int = Field(default=17, ge=0, lt=2**32)
+    """Seeds weights, dropout and everything else but the order of the data (dataset.shuffle_seed)."""
+    precision: Literal["fp32", "amp_bf16", "amp_fp16"] = "amp_bf16"
+    """Autocast's dtype. On CPU every run is in fp32."""
+
+    # How
+    optimizer: OptimizerConfig
+    """The optimizer."""
+    scheduler: SchedulerConfig
+    """The learning-rate schedule."""
+    algorithms: AlgorithmsConfig | None = None
+    """Changes to the training step, by name."""
+    global_train_batch_size: PositiveInt
+    """Samples of one optimizer step, over all ranks. A multiple of the number of ranks."""
+    device_train_microbatch_size: PositiveInt
+    """Samples of one forward and backward pass on one device; what fits into memory. Does not change the result."""
+    device_eval_batch_size: PositiveInt | None = None
+    """Samples of one evaluation pass on one device; the micro-batch when left out."""
+    accumulate_train_batch_on_tokens: bool = True
+    """Weigh micro-batches by their targets, so that the micro-batch size does not change the result."""
+    fsdp_config: FSDPConfig | None = None
+    """Sharding over ranks. Without it every rank holds the whole model (DDP)."""
+    compile_config: dict[str, Any] | None = None
+    """Arguments of torch.compile; `{}` compiles with its defaults, null does not compile."""
+    dist_timeout: PositiveFloat = 600.0
+    """Seconds that a rank waits for the others before the run fails."""
+    max_split_size_mb: PositiveInt | None = None
+    """CUDA allocator: blocks larger than this many MB are not split."""
+    expandable_segments: bool = True
+    """CUDA allocator: segments that grow, against fragmentation."""
+    cuda_load_lazy: bool = False
+    """Load CUDA kernels when they are first used."""
+
+    # Data
+    train_loader: TrainLoader
+    """Training data."""
+    eval_loader: Annotated[tuple[TextEvalLoader, ...], BeforeValidator(_as_list)] = ()
+    """Evaluation data: one loader, or a list of them with a `label` each."""
+    train_subset_num_batches: int = Field(default=-1, ge=-1)
+    """Batches of an epoch that are used; -1 is all."""
+    spin_dataloaders: bool = True
+    """On a resume, replay a loader that cannot resume by itself. Streaming's can."""
+
+    # Evaluation
+    eval_interval: Interval = "1ep"
+    """How often evaluation runs; a plain number counts epochs."""
+    eval_first: bool = False
+    """Evaluate before the first step, too."""
+    eval_subset_num_batches: int = Field(default=-1, ge=-1)
+    """Batches of each evaluation loader; -1 is all."""
+
+    # Starting point and checkpoints
+    save_folder: str | None = None
+    """Where checkpoints go, usually `runs/{run_name}/checkpoints`; none are saved when left out."""
+    save_interval: Interval = "1000ba"
+    """How often; a plain number counts epochs. The end of the run is always saved."""
+    save_num_checkpoints_to_keep: int = Field(default=-1, ge=-1)
+    """The newest so many are kept; -1 keeps all."""
+    save_overwrite: bool = False
+    """Start anew in a folder that has checkpoints of an earlier run, and replace them."""
+    save_weights_only: bool = False
+    """Save no optimizer state; such a checkpoint cannot be resumed."""
+    save_filename: str | None = None
+    """Accepted for old recipes; checkpoints are always named ep{epoch}-ba{batch}."""
+    save_latest_filename: str | None = None
+    """Accepted for old recipes; the link is always named `latest`."""
+    save_ignore_keys: list[str] | None = None
+    """Glob patterns of state keys that are not saved."""
+    load_path: str | None = None
+    """A checkpoint to start from, when the run has none of its own."""
+    load_weights_only: bool = False
+    """Take only the weights from load_path, not the optimizer, step and data position."""
+    load_strict_model_weights: bool = True
+    """Missing or unexpected weights in load_path are an error."""
+    load_ignore_keys: list[str] | None = None
+    """Glob patterns of state keys that are not loaded."""
+    autoresume: bool | None = None
+    """Go on from the newest complete checkpoint of this run. When left out: yes, if there is a save_folder, unless
+    save_overwrite or save_weights_only is set."""
+
+    # What a run shows
+    run_name: str = ""
+    """Names the run's folder, runs/RUN_NAME. When left out: the environment variable RUN_NAME, else the name of the
+    recipe's file."""
+    loggers: LoggersConfig | None = None
+    """Loggers, by name. metrics.jsonl and loss.png are always written."""
+    callbacks: CallbacksConfig | None = None
+    """Callbacks, by name."""
+    console_log_interval: Interval = "1ba"
+    """How often a line is printed; a plain number counts epochs."""
+    progress_bar: bool = False
+    """Composer's progress bar."""
+    log_to_console: bool = True
+    """Print lines at all."""
+    python_log_level: Annotated[
+        Literal["debug", "info", "warning", "error", "critical"], BeforeValidator(_one_of_any_case)
+    ] = "warning"
+    """Least severe messages of Python's loggers that are shown."""
+    log_config: bool = True
+    """Print the resolved recipe at the start, and log it."""
+    metadata: dict[str, Any] | None = None
+    """Free-form, logged with the run."""
+    flatten_metadata: bool = True
+    """Log metadata's keys at the top level."""
+    profiler: ProfilerConfig | None = None
+    """Composer's profiler."""
+
+    code_paths: list[str] | None = None
+    """Python files that are run before anything else (they may register components). A recipe with them is code."""
+    variables: dict[str, Any] = Field(default_factory=dict)
+    """Free-form: values for interpolation (`${variables.x}`)."""
+
+    @property
+    def resumes(self) -> bool:
+        """Whether the run goes on from its own newest checkpoint."""
+        if self.autoresume is not None:
+            return self.autoresume
+        return self.save_folder is not None and not self.save_overwrite and not self.save_weights_only
+
+    def evaluators(self) -> dict[str, TextEvalLoader]:
+        """Label -> loader: `eval` for a single one without label, else `eval/LABEL`."""
+        return {f"eval/{loader.label}" if loader.label else "eval": loader for loader in self.eval_loader}
+
+    @field_validator("device_train_microbatch_size", mode="before")
+    @classmethod
+    def _no_auto(cls, value: Any) -> Any:
+        if isinstance(value, str) and value.strip() == "auto":
+            raise ValueError(MICROBATCH_AUTO)
+        return value
+
+    @field_validator("run_name")
+    @classmethod
+    def _is_a_folder_name(cls, value: str) -> str:
+        if value and (value.startswith(".") or value.strip() != value or any(sign in value for sign in "/\\{}")):
+            raise ValueError("It names a folder: no slashes, braces, blanks around it or dot at its start.")
+        return value
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _no_fp8(cls, value: Any) -> Any:
+        if value == "amp_fp8":
+            raise ValueError("fp8 needs TransformerEngine layers, which MPT here has not. Use `amp_bf16`.")
+        return value
+
+    @model_validator(mode="after")
+    def _schedule_fits(self) -> Self:
+        problem = units_problem(self.scheduler, self.max_duration)
+        if problem is not None:
+            raise mistake(problem[1], f"scheduler.{problem[0]}")
+        return self
+
+    @model_validator(mode="after")
+    def _labels_differ(self) -> Self:
+        labels = [loader.label for loader in self.eval_loader]
+        for index, label in enumerate(labels):
+            if len(labels) > 1 and label is None:
+                raise mistake("With several loaders each needs a `label`.", f"eval_loader.{index}.label")
+            if label in labels[:index]:
+                raise mistake("Two loaders have this label.", f"eval_loader.{index}.label")
+        stopper = self.callbacks.early_stopper if self.callbacks is not None else None
+        if stopper is not None and stopper.dataloader_label not in self.evaluators():
+            known = ", ".join(f"`{label}`" for label in self.evaluators()) or "none: there is no eval_loader"
+            raise mistake(f"There is no such evaluator. Known: {known}.", "callbacks.early_stopper.dataloader_label")
+        return self
+
+    @model_validator(mode="after")
+    def _lengths_fit(self) -> Self:
+        limit = self.model.max_seq_len
+        loaders = [("train_loader", self.train_loader.dataset)]
+        loaders += [(f"eval_loader.{index}", loader.dataset) for index, loader in enumerate(self.eval_loader)]
+        for name, dataset in loaders:
+            if dataset.max_seq_len > limit:
+                raise mistake(
+                    f"Sequences of {dataset.max_seq_len} tokens do not fit the model's max_seq_len of {limit}. Set the "
+                    "top-level `max_seq_len` alone and remove the others.",
+                    f"{name}.dataset.max_seq_len",
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _sharding_fits(self) -> Self:
+        sharded = self.fsdp_config is not None and self.fsdp_config.sharding_strategy != "NO_SHARD"
+        clipping = self.algorithms.gradient_clipping if self.algorithms is not None else None
+        if sharded and clipping is not None and clipping.clipping_type == "adaptive":
+            raise mistake(
+                "`adaptive` compares norms of rows, which sharding spreads over ranks. Use `norm`, or shard nothing "
+                "(remove `fsdp_config`).",
+                "algorithms.gradient_clipping.clipping_type",
+            )
+        spelled = self.fsdp_config.mixed_precision if self.fsdp_config is not None else None
+        low = spelled.param_dtype if isinstance(spelled, PrecisionByUse) else None
+        if low in ("bf16", "fp16") and self.precision != f"amp_{low}":
+            raise mistake(
+                f"`precision` is {self.precision}, and gathered parameters have its dtype: write `amp_{low}` there, "
+                "or change this key.",
+                "fsdp_config.mixed_precision.param_dtype",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _groups_fit(self) -> Self:
+        if isinstance(self.optimizer, DecoupledLionWConfig):
+            for index, group in enumerate(self.optimizer.param_groups):
+                if group.eps is not None:
+                    raise mistake("Lion has no eps. Remove it.", f"optimizer.param_groups.{index}.eps")
+        return self
+
+    @model_validator(mode="after")
+    def _saves_can_resume(self) -> Self:
+        if self.autoresume and self.save_folder is None:
+            raise mistake("There is nothing to resume from without `save_folder`.", "autoresume")
+        if self.autoresume and self.save_overwrite:
+            raise mistake("`save_overwrite` starts anew; keep one of the two.", "autoresume")
+        return self

@@ -1,0 +1,219 @@
+"""Callbacks by the names that llm-foundry gives them. The configs are light; composer is imported when built."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, field_validator
+
+from llmtrain.config.base import Config
+from llmtrain.config.durations import BatchesOrEpochs
+from llmtrain.config.named_blocks import NamedBlocks
+from llmtrain.errors import UserError
+
+if TYPE_CHECKING:
+    from composer import Callback
+
+TimeUnit = Literal["seconds", "minutes", "hours", "days"]
+
+
+class SpeedMonitorConfig(Config):
+    """Samples, tokens and FLOPs per second, and MFU where the device's peak is known."""
+
+    window_size: PositiveInt = 100
+    """Batches that the rates are averaged over."""
+    gpu_flops_available: float | None = Field(default=None, gt=0)
+    """Peak FLOP/s of one device, for MFU; Composer knows A10, A100, H100, H200, V100 and T4."""
+    time_unit: TimeUnit = "hours"
+    """Unit of the wall-clock metrics."""
+
+
+class LRMonitorConfig(Config):
+    """Learning rate at each step."""
+
+
+class MemoryMonitorConfig(Config):
+    """Allocator statistics of the GPU; does nothing on CPU."""
+
+    memory_keys: dict[str, str] | None = None
+    """Keys of `torch.cuda.memory_stats` -> name in the log; a selection when left out."""
+    dist_aggregate_batch_interval: PositiveInt | None = None
+    """Also log minimum, mean and maximum over ranks, every so many batches."""
+
+
+class RuntimeEstimatorConfig(Config):
+    """Time left."""
+
+    skip_batches: NonNegativeInt = 1
+    """Batches at the start that do not count."""
+    time_unit: TimeUnit = "hours"
+    """Unit of the estimate."""
+
+
+class OptimizerMonitorConfig(Config):
+    """L2 norms of gradients, weights, moments and updates."""
+
+    log_optimizer_metrics: bool = True
+    """Also log each layer, not only the global gradient norm."""
+    batch_log_interval: PositiveInt = 10
+    """Every so many batches."""
+
+
+class NaNMonitorConfig(Config):
+    """Stops the run when the loss is not a number."""
+
+
+class EarlyStopperConfig(Config):
+    """Stops the run when an evaluation metric no longer improves."""
+
+    monitor: str
+    """Name of the metric: `LanguageCrossEntropy`, `LanguagePerplexity` or `TokenAccuracy`."""
+    dataloader_label: str
+    """The evaluator that computes it: `eval`, or `eval/LABEL` when there are several."""
+    comp: Literal["less", "lt", "greater", "gt"] | None = None
+    """What is better; when left out, less for losses, errors and perplexities, greater for the rest."""
+    min_delta: NonNegativeFloat = 0.0
+    """Changes up to this size are no improvement."""
+    patience: BatchesOrEpochs = "1ep"
+    """How long to wait for an improvement."""
+
+    @field_validator("dataloader_label")
+    @classmethod
+    def _not_the_training_loss(cls, value: str) -> str:
+        if value == "train":
+            raise ValueError(
+                "Early stopping compares metrics, and the training loop computes only the loss. Use an evaluator's "
+                "label: `eval`, or `eval/LABEL`."
+            )
+        return value
+
+
+class SystemMetricsMonitorConfig(Config):
+    """CPU, memory, disk and GPU use of each node."""
+
+    log_all_data: bool = False
+    """Log each device, not only minimum, mean and maximum."""
+
+
+class MemorySnapshotConfig(Config):
+    """Records GPU allocations for a few batches, for PyTorch's memory visualiser; does nothing on CPU."""
+
+    skip_batches: NonNegativeInt = 1
+    """Batches before the recording."""
+    interval: BatchesOrEpochs = "3ba"
+    """Length of the recording."""
+    max_entries: PositiveInt = 100_000
+    """Most events that are recorded."""
+    folder: str = "{run_name}/torch_traces"
+    """Where the files go."""
+    filename: str = "rank{rank}.{batch}.memory_snapshot"
+    """Their names."""
+    remote_file_name: str | None = "{run_name}/torch_memory_traces"
+    """Where loggers that take files put them; null does not upload."""
+    overwrite: bool = False
+    """Write into a folder that is not empty."""
+
+
+class OOMObserverConfig(Config):
+    """Writes a memory snapshot when a GPU runs out of memory; does nothing on CPU."""
+
+    max_entries: PositiveInt = 100_000
+    """Most events that are recorded."""
+    folder: str = "{run_name}/torch_traces"
+    """Where the files go."""
+    filename: str = "rank{rank}_oom"
+    """Their names."""
+    remote_file_name: str | None = "{run_name}/oom_traces/rank{rank}_oom"
+    """Where loggers that take files put them; null does not upload."""
+    overwrite: bool = False
+    """Write into a folder that is not empty."""
+
+
+class ScheduledGCConfig(Config):
+    """Collects Python's garbage on all ranks at the same step, instead of whenever each one happens to."""
+
+    batch_interval: PositiveInt = 1000
+    """Every so many batches, all generations."""
+    gen_1_batch_interval: PositiveInt | None = None
+    """Every so many batches, the young generations."""
+    eval_keep_disabled: bool = False
+    """No automatic collection during evaluation, either."""
+
+
+class CallbacksConfig(NamedBlocks):
+    """Callbacks by name."""
+
+    ADVICE: ClassVar[Mapping[str, str]] = {
+        "hf_checkpointer": "Exports during a run come later. Use `llmtrain export RUN OUT` on any checkpoint.",
+        "mono_checkpoint_saver": "Not needed: `llmtrain export` reads sharded checkpoints. Remove it.",
+        "generate_callback": "Sample generations during a run come later. Use `llmtrain generate CHECKPOINT`.",
+        "eval_output_logging": "Comes later, with the evaluation tasks. Remove it for now.",
+        "eval_gauntlet": "Comes later, with the evaluation tasks. Remove it for now.",
+        "load_checkpoint": "Use the top-level key `load_path`, with `load_weights_only: true` for weights alone.",
+        "async_eval": "Existed only on the MosaicML platform. Remove it.",
+        "checkpoint_saver": "Checkpoints are asked for by the top-level `save_folder` and `save_interval`.",
+    }
+
+    speed_monitor: SpeedMonitorConfig | None = None
+    """Rates and MFU."""
+    lr_monitor: LRMonitorConfig | None = None
+    """Learning rate."""
+    memory_monitor: MemoryMonitorConfig | None = None
+    """GPU memory."""
+    runtime_estimator: RuntimeEstimatorConfig | None = None
+    """Time left."""
+    optimizer_monitor: OptimizerMonitorConfig | None = None
+    """Norms of gradients, weights and updates."""
+    nan_monitor: NaNMonitorConfig | None = None
+    """Stop on NaN."""
+    early_stopper: EarlyStopperConfig | None = None
+    """Stop when nothing improves."""
+    system_metrics_monitor: SystemMetricsMonitorConfig | None = None
+    """Use of the machine."""
+    memory_snapshot: MemorySnapshotConfig | None = None
+    """Recording of GPU allocations."""
+    oom_observer: OOMObserverConfig | None = None
+    """Snapshot when memory runs out."""
+    scheduled_gc: ScheduledGCConfig | None = None
+    """Garbage collection in step."""
+
+
+def callback_classes() -> "dict[str, type[Callback]]":
+    """The class behind each name."""
+    from composer import callbacks
+
+    from llmtrain.training.optimizer_monitor import OptimizerMonitor
+    from llmtrain.training.scheduled_gc import ScheduledGC
+
+    return {
+        "speed_monitor": callbacks.SpeedMonitor,
+        "lr_monitor": callbacks.LRMonitor,
+        "memory_monitor": callbacks.MemoryMonitor,
+        "runtime_estimator": callbacks.RuntimeEstimator,
+        "optimizer_monitor": OptimizerMonitor,
+        "nan_monitor": callbacks.NaNMonitor,
+        "early_stopper": callbacks.EarlyStopper,
+        "system_metrics_monitor": callbacks.SystemMetricsMonitor,
+        "memory_snapshot": callbacks.MemorySnapshot,
+        "oom_observer": callbacks.OOMObserver,
+        "scheduled_gc": ScheduledGC,
+    }
+
+
+def build_callbacks(cfg: CallbacksConfig | None) -> "list[Callback]":
+    """The callbacks that are switched on.
+
+    Raises:
+        UserError: One needs a package that is not installed.
+    """
+    if cfg is None:
+        return []
+    classes = callback_classes()
+    built: list[Callback] = []
+    for name, settings in cfg.switched_on():
+        arguments: dict[str, Any] = settings.model_dump()
+        try:
+            built.append(classes[name](**arguments))
+        except ImportError as error:
+            missing = getattr(error.__cause__, "name", None) or "a package that is not installed"
+            raise UserError(f"callbacks.{name} needs {missing}. Install it, or remove the callback.") from error
+    return built
