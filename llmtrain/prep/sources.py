@@ -4,7 +4,6 @@ import ast
 import glob
 import gzip
 import hashlib
-import io
 import json
 import sysconfig
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from typing import IO, Any, NamedTuple
 
 from llmtrain.errors import UserError
 from llmtrain.prep.config import SourceConfig
+from llmtrain.prep.zstd_file import open_zstd
 
 
 class Document(NamedTuple):
@@ -110,9 +110,7 @@ def _open(path: Path) -> IO[bytes]:
     if path.suffix == ".gz":
         return gzip.open(path)  # type: ignore[return-value]
     if path.suffix == ".zst":
-        import zstandard
-
-        return io.BufferedReader(zstandard.open(path, "rb"))
+        return open_zstd(path)
     return path.open("rb")
 
 

@@ -1,0 +1,121 @@
+import contextlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from llmtrain.errors import UserError
+from llmtrain.testing.corpus import TinyCorpus, tiny_corpus
+from llmtrain.tokenizer import (
+    TokenizerConfig,
+    fingerprint,
+    load_raw,
+    load_tokenizer,
+    special_token,
+    tokenizer_json_path,
+)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> TinyCorpus:
+    return tiny_corpus(tmp_path_factory.mktemp("corpus") / "tiny", max_bytes=60_000, vocab_size=320)
+
+
+def edited(folder: Path, target: Path, change) -> str:
+    shutil.copytree(folder, target)
+    content = json.loads((target / "tokenizer.json").read_text())
+    change(content)
+    (target / "tokenizer.json").write_text(json.dumps(content))
+    return str(target)
+
+
+def test_full_and_light_tokenizer_agree_and_round_trip(corpus):
+    full = load_tokenizer(TokenizerConfig(name=str(corpus.tokenizer), kwargs={"model_max_length": 77}))
+    raw = load_raw(str(corpus.tokenizer))
+    text = 'def f(x):\n\treturn "ünïcödé 漢字 🙂"  # \x00\r\n'
+    assert full.encode(text) == raw.encode(text).ids
+    assert full.decode(full.encode(text)) == text
+    assert full.model_max_length == 77
+    assert len(full) == corpus.vocab_size
+    assert full.eos_token_id == full.bos_token_id == full.pad_token_id == corpus.eos_token_id
+
+
+def test_fingerprint_survives_save_pretrained_and_padding(corpus, tmp_path):
+    full = load_tokenizer(TokenizerConfig(name=str(corpus.tokenizer)))
+    full(["a", "b b b"], padding=True, truncation=True, max_length=2)  # leaves both switched on in the backend
+    full.save_pretrained(tmp_path / "saved")
+    assert fingerprint(str(tmp_path / "saved")) == fingerprint(str(corpus.tokenizer)) == corpus.tokenizer_fingerprint
+
+
+def test_fingerprint_ignores_the_spelling_of_merges(corpus, tmp_path):
+    def respell(content):
+        merges = content["model"]["merges"]
+        content["model"]["merges"] = [m.split(" ") if isinstance(m, str) else " ".join(m) for m in merges]
+
+    assert fingerprint(edited(corpus.tokenizer, tmp_path / "t", respell)) == corpus.tokenizer_fingerprint
+
+
+def swap_two_ids(content):
+    vocab = content["model"]["vocab"]
+    a, b = list(vocab)[100:102]
+    vocab[a], vocab[b] = vocab[b], vocab[a]
+
+
+def swap_two_merges(content):
+    merges = content["model"]["merges"]
+    merges[0], merges[1] = merges[1], merges[0]
+
+
+def add_a_token(content):
+    content["added_tokens"].append({**content["added_tokens"][0], "id": 9999, "content": "<|extra|>"})
+
+
+@pytest.mark.parametrize("change", [swap_two_ids, swap_two_merges, add_a_token])
+def test_fingerprint_sees_what_changes_the_meaning_of_ids(corpus, tmp_path, change):
+    assert fingerprint(edited(corpus.tokenizer, tmp_path / "t", change)) != corpus.tokenizer_fingerprint
+
+
+def test_special_tokens_are_read_from_the_files(corpus):
+    assert special_token(str(corpus.tokenizer), "eos") == "<|endoftext|>"
+
+
+def test_missing_folder_is_not_taken_for_a_hub_name(tmp_path):
+    name = str(tmp_path / "nowhere")
+    for call in (tokenizer_json_path, fingerprint, load_raw, lambda n: load_tokenizer(TokenizerConfig(name=n))):
+        with pytest.raises(UserError, match="no folder"):
+            call(name)
+
+
+def test_folder_without_tokenizer_json(tmp_path):
+    with pytest.raises(UserError, match=r"no tokenizer\.json"):
+        fingerprint(str(tmp_path))
+
+
+def test_no_end_of_text_token(corpus, tmp_path):
+    shutil.copytree(corpus.tokenizer, tmp_path / "t")
+    (tmp_path / "t" / "special_tokens_map.json").unlink()
+    (tmp_path / "t" / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    with pytest.raises(UserError, match="no end-of-text token"):
+        load_tokenizer(TokenizerConfig(name=str(tmp_path / "t")))
+
+
+def test_damaged_tokenizer(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match=r"tokenizer\.json"):
+        fingerprint(str(tmp_path))
+    with pytest.raises(UserError, match=r"tokenizer\.json"):
+        load_raw(str(tmp_path))
+
+
+def test_code_of_a_folder_is_not_run(corpus, tmp_path):
+    """A tokenizer that brings its own class must be refused or opened without it, never imported."""
+    shutil.copytree(corpus.tokenizer, tmp_path / "t")
+    config = json.loads((tmp_path / "t" / "tokenizer_config.json").read_text())
+    config["auto_map"] = {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}
+    config["tokenizer_class"] = "Evil"
+    (tmp_path / "t" / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "t" / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    with contextlib.suppress(UserError):
+        load_tokenizer(TokenizerConfig(name=str(tmp_path / "t")))
+    assert not (tmp_path / "ran").exists()
