@@ -88,7 +88,9 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import PreTrainedTokenizerFast
 
     raw = ByteLevelBPETokenizer()
-    raw.train_from_iterator(["the quick brown fox jumps over the lazy dog " * 20], 300, special_tokens=["<|endoftext|>"])
+    raw.train_from_iterator(
+        ["the quick brown fox jumps over the lazy dog " * 20], 300, special_tokens=["<|endoftext|>"]
+    )
     folder = tmp_path_factory.mktemp("tokenizer")
     raw.save(str(folder / "raw.json"))
     fast = PreTrainedTokenizerFast(tokenizer_file=str(folder / "raw.json"), eos_token="<|endoftext|>")
