@@ -14,11 +14,10 @@ import composer.distributed.prepare_distributed as prepare_distributed
 import composer.utils.checkpoint as composer_checkpoint
 import torch
 from composer import Callback, Logger, State, Trainer
-from composer.utils import FSDP2Config, dist, reproducibility
+from composer.utils import FSDP2Config, reproducibility
 from torch import nn
 
 from llmtrain.checkpoint.unpickle import load_full
-from llmtrain.errors import UserError
 from llmtrain.training.fsdp import ShardingPlan
 
 
@@ -105,34 +104,6 @@ def install() -> None:
     composer_checkpoint._torch_load_with_validation = _load_validated
     # Composer calls this for every file of a checkpoint before anything in it is unpickled.
     os.environ["CHECKPOINT_VALIDATION_FUNCTION"] = "llmtrain.checkpoint.validation.validate"
-
-
-def check_gradient_average(device: torch.device) -> None:
-    """Trains one weight on all ranks and checks that FSDP2 averages its gradient.
-
-    On torch 2.7 FSDP2 over gloo silently sums over ranks: AdamW hides it, but gradient clipping, SGD and a resume on
-    another number of ranks are wrong. A check of the behaviour, not of the version.
-
-    Raises:
-        UserError: the gradient is not the mean over ranks.
-    """
-    from torch.distributed.fsdp import fully_shard
-
-    world_size = dist.get_world_size()
-    if world_size == 1:
-        return
-    layer = nn.Linear(world_size, 1, bias=False).to(device)
-    fully_shard(layer)
-    layer(torch.full((1, world_size), float(dist.get_global_rank() + 1), device=device)).sum().backward()
-    assert layer.weight.grad is not None
-    gradient = layer.weight.grad.full_tensor().mean().item()  # type: ignore[attr-defined]
-    expected = (world_size + 1) / 2
-    if abs(gradient - expected) > 1e-6:
-        raise UserError(
-            f"torch {torch.__version__} computes wrong gradients for FSDP2 on {device.type} with {world_size} ranks: "
-            f"{gradient:g} instead of the mean {expected:g} (its gloo reduce-scatter sums instead of averaging).\n"
-            "Use torch >= 2.11 (`make setup` installs it), or train in a single process, or on GPUs."
-        )
 
 
 def parallelism(plan: ShardingPlan) -> dict[str, Any] | None:

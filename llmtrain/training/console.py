@@ -22,7 +22,9 @@ class Console(LoggerDestination):  # type: ignore[misc]
         self.interval = Time.from_input(interval, TimeUnit.EPOCH)
         self._enabled = dist.get_global_rank() == 0
         self._metrics: dict[str, Any] = {}
+        # (clock, value) at the last printed line and at the start, for the rate and the time left
         self._since: tuple[float, int] = (time.monotonic(), 0)
+        self._started: tuple[float, float] = (time.monotonic(), 0.0)
         self._evaluating: tuple[float, str] | None = None
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
@@ -42,9 +44,11 @@ class Console(LoggerDestination):  # type: ignore[misc]
         started, label = self._evaluating
         seconds = time.monotonic() - started
         names = {"LanguageCrossEntropy": "loss", "LanguagePerplexity": "perplexity", "TokenAccuracy": "accuracy"}
+        # As logged: computing a metric here would be a collective call on one rank.
         values = [
-            f"{names.get(name, name)} {float(metric.compute()):.4g}"
-            for name, metric in sorted(state.eval_metrics.get(label, {}).items())
+            f"{names.get(name, name)} {self._metrics[key]:.4g}"
+            for name in sorted(state.eval_metrics.get(label, {}))
+            if (key := f"metrics/{label}/{name}") in self._metrics
         ]
         _say(f"{label:<10}  step {int(state.timestamp.batch)}  {'  '.join(values)}  ({seconds:.1f} s)")
         # An evaluation is no training time.

@@ -13,9 +13,15 @@ import torch
 import yaml
 from composer.devices import DeviceCPU, DeviceGPU
 from composer.utils import dist, reproducibility
+from torch import nn
 
 from llmtrain.errors import UserError
+from llmtrain.model.flops import n_params
+from llmtrain.model.kernels.select import select
+from llmtrain.recipe.batch import BatchPlan
 from llmtrain.recipe.recipe import Recipe
+from llmtrain.training.fsdp import ShardingPlan
+from llmtrain.training.language_model import trainable_parameters
 
 
 def say(line: str) -> None:
@@ -97,10 +103,11 @@ def seed_everything(seed: int) -> None:
     reproducibility.seed_all(seed)
 
 
-def precision(recipe: Recipe, device: torch.device) -> str:
+def precision(recipe: Recipe, device: torch.device, *, quiet: bool = False) -> str:
     """The recipe's precision, or fp32 on a CPU, where Composer accepts nothing else."""
     if device.type == "cpu" and recipe.precision != "fp32":
-        say(f"precision: {recipe.precision} needs a GPU; this run is on CPU and trains in fp32.")
+        if not quiet:
+            say(f"precision: {recipe.precision} needs a GPU; this run is on CPU and trains in fp32.")
         return "fp32"
     return recipe.precision
 
@@ -108,3 +115,23 @@ def precision(recipe: Recipe, device: torch.device) -> str:
 def recipe_yaml(recipe: Recipe) -> str:
     """The resolved recipe as YAML."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+
+
+def summary(
+    recipe: Recipe, model: nn.Module, batch: BatchPlan, sharding: ShardingPlan, device: torch.device, step: int
+) -> str:
+    """What is about to happen, in a few lines."""
+    config, ranks = recipe.model, dist.get_world_size()
+    trained, whole = trainable_parameters(model), n_params(config)
+    frozen = "" if trained == whole else f", {trained:,} of them trained"
+    attention = select(config.attn_config.attn_impl, device.type)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    tokens = batch.global_batch_size * recipe.max_seq_len
+    lines = [
+        f"run         {recipe.run_name}, {'continues after' if step else 'starts at'} step {step}, ends at {recipe.max_duration}",
+        f"model       {whole:,} parameters{frozen}; attention: {attention.reason}",
+        f"batch       {batch.global_batch_size} x {recipe.max_seq_len} = {tokens:,} tokens a step: {ranks} rank(s) x "
+        f"{batch.accumulation_steps} micro-batch(es) of {batch.microbatch_size}",
+        f"device      {ranks} x {name}, {precision(recipe, device, quiet=True)}, {sharding.strategy}, torch {torch.__version__}",
+    ]
+    return "\n".join(lines)

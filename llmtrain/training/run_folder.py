@@ -9,7 +9,7 @@ from composer import Logger, State
 from composer.loggers import LoggerDestination
 from composer.utils import dist
 
-from llmtrain.training.loss_curve import draw_loss_curve
+from llmtrain.training.loss_curve import draw_loss_curve, read_metrics
 
 
 class RunFolder:
@@ -57,13 +57,14 @@ class MetricsFile(LoggerDestination):  # type: ignore[misc]
             self._step = step
         self._pending.update({key: _plain(value) for key, value in metrics.items()})
 
-    def fit_start(self, state: State, logger: Logger) -> None:
+    def after_load(self, state: State, logger: Logger) -> None:
         if self._enabled and self.folder.metrics.exists():
-            step = int(state.timestamp.batch)
-            kept = [line for line in self._lines() if step and json.loads(line)["step"] < step]
             temporary = self.folder.metrics.with_suffix(".tmp")
-            temporary.write_text("".join(line + "\n" for line in kept))
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in self._rows_before(int(state.timestamp.batch))))
             os.replace(temporary, self.folder.metrics)
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        self._flush()
 
     def eval_end(self, state: State, logger: Logger) -> None:
         self._flush()
@@ -76,16 +77,17 @@ class MetricsFile(LoggerDestination):  # type: ignore[misc]
     def close(self, state: State, logger: Logger) -> None:
         self._flush()
 
-    def _lines(self) -> list[str]:
-        """Complete lines only: a killed run may have left half a line at the end."""
-        complete = []
-        for line in self.folder.metrics.read_text().splitlines():
-            try:
-                json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            complete.append(line)
-        return complete
+    def _rows_before(self, step: int) -> list[dict[str, Any]]:
+        """What a run that continues at `step` will not log again."""
+        rows: list[dict[str, Any]] = []
+        for row in read_metrics(self.folder.metrics):
+            if row["step"] < step:
+                rows.append(row)
+            elif row["step"] == step > 0:  # the evaluation came before the checkpoint, the training step after it
+                evaluation = {key: value for key, value in row.items() if key.startswith("metrics/")}
+                if evaluation:
+                    rows.append({"step": step, **evaluation})
+        return rows
 
     def _flush(self) -> None:
         if self._pending:

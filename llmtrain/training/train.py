@@ -22,6 +22,7 @@ from llmtrain.training.callbacks import build_callbacks
 from llmtrain.training.checkpoint_saver import CheckpointSaver, free_space_warning
 from llmtrain.training.console import Console
 from llmtrain.training.fsdp import ShardingPlan, translate
+from llmtrain.training.gradient_check import check_gradient_average
 from llmtrain.training.language_model import LanguageModel
 from llmtrain.training.loggers import build_loggers
 from llmtrain.training.optimizers import build_optimizer
@@ -58,7 +59,7 @@ def train(recipe: Recipe) -> int:
         local_world_size=dist.get_local_world_size(),
         device_type=device.type,
     )
-    environment.say_each(sharding.notes)
+    environment.say_each((*batch.notes, *sharding.notes))
 
     def data_spec(loader: TextLoaderConfig, device_batch_size: int) -> DataSpec:
         return DataSpec(
@@ -74,7 +75,7 @@ def train(recipe: Recipe) -> int:
 
     composer_adapter.install()
     if sharding.strategy in ("fsdp", "hsdp"):
-        composer_adapter.check_gradient_average(device)
+        check_gradient_average(device)
     model = build_model(recipe, sharding)
     optimizer = build_optimizer(recipe.optimizer, model)
     saver = build_saver(recipe, tokenizer_hash, model)
@@ -128,7 +129,7 @@ def train(recipe: Recipe) -> int:
     restore_rng.trainer = trainer
     preemption.install()
     trainer.logger.log_hyperparameters(recipe.model_dump(mode="json"))
-    environment.say(environment.summary(recipe, model, batch, sharding, device, point))
+    environment.say(environment.summary(recipe, model, batch, sharding, device, point.step))
     if recipe.eval_first and trainer.state.timestamp.batch == 0 and trainer.state.evaluators:
         trainer.eval()
     trainer.fit()
