@@ -21,7 +21,9 @@ log = logging.getLogger(__name__)
 _SHARDED_PREFIX = "state.model."
 
 
-def read_weights(path: Path, *, recipe: Path | None = None) -> tuple[MPTConfig, dict[str, Tensor]]:
+def read_weights(
+    path: Path, *, recipe: Path | None = None, verified: bool = False
+) -> tuple[MPTConfig, dict[str, Tensor]]:
     """Read the model, and only the model, of a checkpoint: on the CPU, in the dtype that was saved.
 
     No process group, no GPU, and not the number of ranks that wrote it. A checkpoint with a manifest is verified
@@ -30,6 +32,7 @@ def read_weights(path: Path, *, recipe: Path | None = None) -> tuple[MPTConfig, 
     Args:
         path: A checkpoint folder or ``.pt`` file, or anything else that :func:`locate` understands.
         recipe: The YAML file with the model's config; needed where the checkpoint does not carry one.
+        verified: The caller has just compared the files with the manifest.
 
     Returns:
         The config, and the parameters by MPT's own names (``transformer.wte.weight``, ...), complete and of the
@@ -40,7 +43,8 @@ def read_weights(path: Path, *, recipe: Path | None = None) -> tuple[MPTConfig, 
     """
     source = locate(path)
     folder = source if source.is_dir() else source.parent
-    content = _verified_manifest(folder, source)
+    # A path that `locate` replaced is the newest complete checkpoint of a run: it was hashed to find that out.
+    content = _manifest(folder, source, verified=verified or source != path)
     config = _config(source, content, recipe)
     if source.is_dir() and (content is None or content.kind == "sharded"):
         tensors = _read_sharded(source, config)
@@ -60,7 +64,7 @@ def recipe_of(path: Path, recipe: Path | None = None) -> dict[str, Any] | None:
         return _load_recipe(recipe)
     if (folder / manifest.MANIFEST).is_file():
         return manifest.read(folder).recipe
-    run = run_folder(folder)
+    run = run_folder(path)
     beside = [place / "recipe.yaml" for place in (folder, *([run] if run else []))]
     for candidate in beside:
         if candidate.is_file():
@@ -75,12 +79,11 @@ def _load_recipe(path: Path) -> dict[str, Any]:
     return data
 
 
-def _verified_manifest(folder: Path, source: Path) -> manifest.Manifest | None:
+def _manifest(folder: Path, source: Path, *, verified: bool) -> manifest.Manifest | None:
     if not (folder / manifest.MANIFEST).is_file():
         log.warning("%s has no %s: its files cannot be verified.", source, manifest.MANIFEST)
         return None
-    problems = manifest.verify(folder)
-    if problems:
+    if not verified and (problems := manifest.verify(folder)):
         raise UserError(f"{folder} is damaged: " + "; ".join(problems))
     return manifest.read(folder)
 

@@ -108,6 +108,11 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def run_folder(checkpoint: Path) -> Path | None:
-    """The run that a checkpoint belongs to: RUN of RUN/checkpoints/epE-baB, or None when it stands alone."""
-    parent = checkpoint.resolve().parent
-    return parent.parent if parent.name == CHECKPOINTS else None
+    """The run that a checkpoint belongs to, or None when it stands alone.
+
+    RUN of RUN/checkpoints/epE-baB, of a file in that folder, and of RUN/checkpoints/NAME.pt (llm-foundry's layout).
+    """
+    for parent in list(checkpoint.resolve().parents)[:2]:
+        if parent.name == CHECKPOINTS:
+            return parent.parent
+    return None

@@ -46,13 +46,14 @@ def open_source(path: Path, recipe: Path | None = None) -> Source:
         beside = TokenizerConfig(name=str(path)) if (path / "tokenizer.json").is_file() else None
         return Source(path, config, weights, beside)
     checkpoint = locate(path)
-    config, weights = read_weights(checkpoint, recipe=recipe)
+    # `locate` has hashed what it chose itself; what it was given, it returns as it is.
+    config, weights = read_weights(checkpoint, recipe=recipe, verified=checkpoint != path)
     return Source(checkpoint, config, weights, _tokenizer_of(checkpoint, recipe))
 
 
 def _tokenizer_of(checkpoint: Path, recipe: Path | None) -> TokenizerConfig | None:
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
-    run = run_folder(folder)
+    run = run_folder(checkpoint)
     if run is not None and (run / "tokenizer" / "tokenizer.json").is_file():
         found = TokenizerConfig(name=str(run / "tokenizer"))
         _check_fingerprint(folder, found)

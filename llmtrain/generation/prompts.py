@@ -51,7 +51,7 @@ def gather_prompts(arguments: Sequence[str], file: Path | None) -> list[Prompt]:
         text = sys.stdin.read()
         prompts = [Prompt(text.removesuffix("\n"))] if text.strip() else []
     if not prompts:
-        raise UserError("There is no prompt: pass --prompt TEXT, --prompts-file FILE, or text on standard input.")
+        raise UserError("There is no prompt: pass --prompt TEXT, --prompts FILE, or text on standard input.")
     return prompts
 
 

@@ -8,9 +8,30 @@ from pathlib import Path
 import pytest
 import torch
 
+from llmtrain.checkpoint import manifest
 from llmtrain.checkpoint.read import read_weights
 from llmtrain.checkpoint.sharded import ShardedTensors
+from llmtrain.checkpoint.source import open_source
 from llmtrain.errors import UserError
+
+RECIPE = """
+max_seq_len: 48
+model:
+  name: mpt_causal_lm
+  d_model: 32
+  n_heads: 4
+  n_layers: 2
+  vocab_size: 384
+  no_bias: true
+  attn_config: {alibi: true}
+tokenizer: {name: EleutherAI/gpt-neox-20b}
+train_loader: {name: text, dataset: {local: data, split: train}}
+optimizer: {name: decoupled_adamw, lr: 1.0e-3}
+scheduler: {name: constant_with_warmup, t_warmup: 2ba}
+max_duration: 4ba
+global_train_batch_size: 4
+device_train_microbatch_size: 4
+"""
 
 
 class Evil:
@@ -76,6 +97,30 @@ def test_without_a_manifest_the_recipe_must_be_given(run, tmp_path: Path, caplog
     with pytest.raises(UserError, match=r"--recipe yamls/x\.yaml"):
         read_weights(alone)
     assert "cannot be verified" in caplog.text
+
+
+def test_a_recipe_given_or_beside_names_the_model(run, tmp_path: Path) -> None:
+    path, weights = run.save(kind="full")
+    alone = tmp_path / "other" / "checkpoints" / "llm-foundry.pt"
+    alone.parent.mkdir(parents=True)
+    alone.write_bytes((path / "full.pt").read_bytes())
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE)
+    config, found = read_weights(alone, recipe=recipe)
+    assert same(found, weights)
+    assert config.max_seq_len == 48  # the recipe's one length knob
+    (tmp_path / "other" / "recipe.yaml").write_text(RECIPE)
+    assert same(read_weights(alone)[1], weights)
+
+
+@pytest.mark.parametrize("give", [lambda path: path, lambda path: path.parent, lambda path: path.parents[1]])
+def test_each_file_is_hashed_once(run, monkeypatch: pytest.MonkeyPatch, give) -> None:
+    path, _ = run.save()
+    hashed: list[str] = []
+    real = manifest.file_entry
+    monkeypatch.setattr(manifest, "file_entry", lambda file: hashed.append(file.name) or real(file))
+    open_source(give(path))
+    assert sorted(hashed) == [".metadata", "__0_0.distcp"]
 
 
 def test_misfits_are_named(run) -> None:

@@ -95,4 +95,6 @@ def test_the_latest_link_is_never_trusted(folder: Path) -> None:
 def test_the_run_of_a_checkpoint(folder: Path, tmp_path: Path) -> None:
     assert resolve.run_folder(folder / "ep0-ba9") == folder.parent
     assert resolve.run_folder(folder / "latest") == folder.parent
+    assert resolve.run_folder(folder / "ep0-ba9" / "full.pt") == folder.parent
+    assert resolve.run_folder(folder / "ep0-ba9-rank0.pt") == folder.parent
     assert resolve.run_folder(tmp_path) is None
