@@ -57,16 +57,16 @@ class Kernel:
     attend: Attend
 
 
-@dataclass(frozen=True, eq=False)
 class Attention:
     """A kernel with what it prepared for this forward: what the blocks receive.
 
-    Deliberately no pytree: FSDP2's mixed precision casts every float tensor that it finds in a block's arguments, and
-    would round the ALiBi bias to bfloat16.
+    Deliberately a plain class, no tuple, dict or dataclass: FSDP2's mixed precision looks into those among a block's
+    arguments, casts every float tensor it finds, and would round the ALiBi bias to bfloat16.
     """
 
-    kernel: Kernel
-    prepared: Any
+    def __init__(self, kernel: Kernel, prepared: Any) -> None:
+        self.kernel = kernel
+        self.prepared = prepared
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float, dropout_p: float) -> Tensor:
         """Attention of q over k and v; shapes as in `Attend`."""

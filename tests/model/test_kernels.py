@@ -1,0 +1,208 @@
+"""Every kernel is the eager one in float64 and float32: values and gradients, through the model and alone."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from llmtrain.errors import UserError
+from llmtrain.model import alibi
+from llmtrain.model.config import MPTConfig
+from llmtrain.model.kernels.dense import LONGEST, dense_bias
+from llmtrain.model.kernels.interface import Attention, Kernel, Visibility
+from llmtrain.model.kernels.select import select
+from llmtrain.model.mpt import MPT
+
+CPU = torch.device("cpu")
+EAGER, SDPA = select("eager").kernel, select("sdpa").kernel
+
+
+def model(attn_impl: str, dtype: torch.dtype, n_heads: int, **attn: Any) -> MPT:
+    torch.manual_seed(1)
+    config = MPTConfig(
+        d_model=8 * n_heads,
+        n_heads=n_heads,
+        n_layers=2,
+        vocab_size=64,
+        max_seq_len=128,
+        attn_config={"attn_impl": attn_impl, **attn},
+        norm_type="low_precision_rmsnorm" if n_heads == 5 else "low_precision_layernorm",
+    )
+    return MPT(config).to(dtype)
+
+
+def run(m: MPT, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+    logits = m(ids, attention_mask=mask).logits
+    assert logits is not None
+    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    (logits * weights.to(logits.dtype))[real].sum().backward()
+    return logits.detach()[real], {name: p.grad for name, p in m.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("length", [1, 33, 100])
+@pytest.mark.parametrize(
+    ("n_heads", "attn"),
+    [
+        (1, {"alibi": True}),
+        (5, {"alibi": True, "alibi_bias_max": 16}),
+        (8, {"alibi": True, "alibi_bias_max": 16, "clip_qkv": 0.4}),
+        (12, {"alibi": True, "qk_ln": True}),
+        (12, {"alibi": False}),
+        (5, {"alibi": False, "qk_ln": True, "clip_qkv": 0.4, "softmax_scale": 0.2}),
+    ],
+    ids=lambda x: str(x) if isinstance(x, int) else "-".join(f"{k}={v}" for k, v in x.items()),
+)
+def test_sdpa_is_eager(n_heads: int, attn: dict[str, Any], length: int, padded: bool, dtype: torch.dtype) -> None:
+    ids = torch.randint(0, 64, (2, length), generator=torch.Generator().manual_seed(length))
+    mask = None
+    if padded:
+        mask = torch.ones_like(ids)
+        mask[0, : length // 3] = 0
+    expected, expected_grads = run(model("eager", torch.float64, n_heads, **attn), ids, mask)
+    actual, grads = run(model("sdpa", dtype, n_heads, **attn), ids, mask)
+    atol = 1e-11 if dtype == torch.float64 else 3e-5
+    torch.testing.assert_close(actual.double(), expected, rtol=atol, atol=atol)
+    assert grads.keys() == expected_grads.keys()
+    for name, grad in grads.items():
+        scale = expected_grads[name].abs().max().item()
+        torch.testing.assert_close(
+            grad.double(), expected_grads[name], rtol=0, atol=atol * max(scale, 1), msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def attention(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, **who: Any) -> Tensor:
+    seen = Visibility(q.shape[2], k.shape[2], CPU, q.dtype, **who)
+    return Attention(kernel, kernel.prepare(seen))(q, k, v, softmax_scale=q.shape[-1] ** -0.5, dropout_p=0.0)
+
+
+def qkv(length: int, n_keys: int | None = None, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    g = torch.Generator().manual_seed(length)
+    sizes = (length, n_keys or length, n_keys or length)
+    return [torch.randn(2, 5, n, 16, generator=g, dtype=torch.float64).to(dtype).requires_grad_() for n in sizes]
+
+
+@pytest.mark.parametrize("kernel", [EAGER, SDPA], ids=lambda k: k.name)
+@pytest.mark.parametrize("slopes", [None, tuple(alibi.slopes(5))], ids=["plain", "alibi"])
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("n_queries", [1, 3, 24])
+def test_against_a_loop(kernel: Kernel, slopes: tuple[float, ...] | None, padded: bool, n_queries: int) -> None:
+    """The definition, one query at a time: also with fewer queries than keys, as with a cache."""
+    n_keys = 24
+    q, k, v = qkv(n_queries, n_keys)
+    padding = torch.ones(2, n_keys, dtype=torch.bool)
+    if padded:
+        padding[1, :7] = False
+    actual = attention(kernel, q, k, v, slopes=slopes, padding=padding if padded else None)
+    for b in range(2):
+        for h in range(5):
+            for row in range(n_queries):
+                i = n_keys - n_queries + row
+                seen = [j for j in range(i + 1) if padding[b, j] or j == i]
+                scores = torch.stack(
+                    [q[b, h, row] @ k[b, h, j] / 4 + (slopes[h] if slopes else 0) * (j - i) for j in seen]
+                )
+                torch.testing.assert_close(actual[b, h, row], scores.softmax(0) @ v[b, h, seen])
+
+
+@pytest.mark.parametrize("kernel", [EAGER, SDPA], ids=lambda k: k.name)
+def test_documents_cannot_see_each_other(kernel: Kernel) -> None:
+    documents = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2], [7, 7, 7, 7, 7, 7, 7, 7]])
+    q, k, v = qkv(8)
+    slopes = tuple(alibi.slopes(5))
+    together = attention(kernel, q, k, v, slopes=slopes, documents=documents)
+    for first, last in [(0, 3), (3, 7), (7, 8)]:
+        alone = attention(kernel, *(t[:1, :, first:last] for t in (q, k, v)), slopes=slopes)
+        torch.testing.assert_close(together[:1, :, first:last], alone)
+    torch.testing.assert_close(together[1:], attention(kernel, q[1:], k[1:], v[1:], slopes=slopes))
+
+
+@pytest.mark.parametrize("kernel", [EAGER, SDPA], ids=lambda k: k.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("slopes", [None, tuple(alibi.slopes(5))], ids=["plain", "alibi"])
+def test_rows_of_padding_alone_stay_finite(
+    kernel: Kernel, slopes: tuple[float, ...] | None, dtype: torch.dtype
+) -> None:
+    """More padding than a fused kernel's block of keys (512), one row all padding: no NaN, and none in the gradients."""
+    padding = torch.ones(2, 1100, dtype=torch.bool)
+    padding[0, :1050] = False
+    padding[1] = False
+    q, k, v = qkv(1100, dtype=dtype)
+    out = attention(kernel, q, k, v, slopes=slopes, padding=padding)
+    assert out.isfinite().all()
+    out.sum().backward()
+    for t in (q, k, v):
+        assert t.grad is not None
+        assert t.grad.isfinite().all()
+    exact = attention(EAGER, q.double(), k.double(), v.double(), slopes=slopes, padding=padding)
+    torch.testing.assert_close(out.double(), exact, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.03)
+
+
+@pytest.mark.parametrize("kernel", [EAGER, SDPA], ids=lambda k: k.name)
+def test_autocast_does_not_round_the_bias(kernel: Kernel) -> None:
+    """torch's autocast rounds SDPA's mask to bfloat16: at 1500 tokens that alone would exceed this tolerance."""
+    n = 1500
+    q = torch.zeros(1, 1, n, 16, dtype=torch.bfloat16)
+    v = torch.zeros(1, 1, n, 16, dtype=torch.bfloat16)
+    v[:, :, : n // 2] = 1
+    slopes = (2.0**-11 * 1.37,)  # weights fall slowly over the whole row
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = attention(kernel, q, q, v, slopes=slopes)
+    assert out.dtype == torch.bfloat16
+    weights = torch.exp(slopes[0] * (torch.arange(n, dtype=torch.float64) - (n - 1)))
+    expected = weights[: n // 2].sum() / weights.sum()
+    assert abs(out[0, 0, -1, 0].item() - expected) < 2**-9 * expected
+
+
+def test_bias_holds_the_distances() -> None:
+    bias = dense_bias(Visibility(3, 5, CPU, torch.bfloat16, slopes=(0.5, 0.25)))
+    assert bias.shape == (1, 2, 3, 5)
+    assert bias.dtype == torch.float32
+    assert bias[0, 0, 0, :3].tolist() == [-1.0, -0.5, 0.0]
+    assert bias[0, 1, 2].tolist() == [-1.0, -0.75, -0.5, -0.25, 0.0]
+    assert (bias[0, :, 0, 3:] < -1e30).all()
+    assert bias.isfinite().all()
+
+
+def test_too_long_for_a_dense_bias() -> None:
+    with pytest.raises(UserError, match=f"max_seq_len to {LONGEST}"):
+        dense_bias(Visibility(LONGEST + 1, LONGEST + 1, CPU, torch.float32, slopes=(0.5,)))
+    assert dense_bias(Visibility(1, 70_000, CPU, torch.float32, slopes=(0.5,))).shape == (1, 1, 1, 70_000)
+
+
+def test_plain_attention_needs_no_bias() -> None:
+    assert not isinstance(SDPA.prepare(Visibility(70_000, 70_000, CPU, torch.float32)), Tensor)
+    assert SDPA.prepare(Visibility(1, 70_000, CPU, torch.float32)) is None
+
+
+def test_select() -> None:
+    assert select("auto").kernel.name == "sdpa"
+    assert "auto" in select("auto").reason
+    assert select("eager").kernel.name == "eager"
+    for legacy in ("torch", "triton"):
+        assert select(legacy).kernel.name == "sdpa"
+        assert legacy in select(legacy).reason
+    for later in ("flash", "flex", "blockwise"):
+        with pytest.raises(UserError, match=f"'{later}' is not supported yet"):
+            select(later)
+    with pytest.raises(UserError, match="unknown"):
+        select("flsh")
+
+
+@pytest.mark.parametrize("bias_max", [8, 16])
+@pytest.mark.parametrize("n_heads", [1, 2, 5, 8, 12, 64])
+def test_slopes(n_heads: int, bias_max: int) -> None:
+    slopes = alibi.slopes(n_heads, bias_max)
+    assert len(slopes) == len(set(slopes)) == n_heads
+    assert all(0 < s < 1 for s in slopes)
+    n = 2 ** math.ceil(math.log2(n_heads))
+    everything = {2.0 ** (-bias_max * i / n) for i in range(1, n + 1)}
+    assert set(slopes) <= everything
+    if n == n_heads:
+        assert slopes == sorted(everything, reverse=True)
+    if n_heads == 12:
+        assert [round(-math.log2(s) * 16 / bias_max) for s in slopes] == [2, 4, 6, 8, 10, 12, 14, 16, 1, 3, 5, 7]
