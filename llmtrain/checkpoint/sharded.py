@@ -76,9 +76,9 @@ class ShardedTensors:
         name = PurePosixPath(info.relative_path)
         if name.is_absolute() or ".." in name.parts:
             raise UserError(f"{self.folder}: .metadata points outside the checkpoint ({name}); refused.")
-        if info.transform_descriptors:
+        if transforms := getattr(info, "transform_descriptors", None):  # older versions of torch have no such field
             raise UserError(
-                f"{self.folder}/{name}: written with {', '.join(info.transform_descriptors)}, which is not supported; "
+                f"{self.folder}/{name}: written with {', '.join(transforms)}, which is not supported; "
                 "save the checkpoint without extensions."
             )
         try:

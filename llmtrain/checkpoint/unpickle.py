@@ -44,7 +44,9 @@ def read_metadata(folder: Path) -> dcp.Metadata:
     except FileNotFoundError:
         raise UserError(f"{folder}: no .metadata; this is no complete sharded checkpoint.") from None
     except Exception as error:  # a damaged pickle can raise nearly anything
-        raise UserError(f"{path}: cannot be read, the file is damaged ({type(error).__name__}: {error}).") from None
+        raise UserError(
+            f"{path}: cannot be read: damaged, or written by a newer torch ({type(error).__name__}: {error})."
+        ) from None
     if not isinstance(content, dcp.Metadata):
         raise UserError(f"{path}: holds a {type(content).__name__} instead of checkpoint metadata.")
     return content
