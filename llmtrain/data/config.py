@@ -28,7 +28,7 @@ class StreamConfig(Config):
     """How many times this stream is seen in an epoch."""
     choose: int | None = Field(default=None, gt=0)
     """How many samples of this stream are seen in an epoch."""
-    download_retry: int | None = Field(default=None, ge=0)
+    download_retry: int | None = Field(default=None, ge=1)
     """Overrides the dataset's."""
     download_timeout: float | None = Field(default=None, gt=0)
     """Seconds; overrides the dataset's."""
@@ -69,9 +69,9 @@ class TextDatasetConfig(Config):
     """Rows shuffled among each other; Streaming's own choice when left out."""
     num_canonical_nodes: int | None = Field(default=None, gt=0)
     """How many parts the rows are cut into before they go to the nodes; a multiple or a divisor of the number of
-    nodes. When left out, llmtrain takes 64 for shuffled data and 1 for unshuffled (llm-foundry goes by the number of
-    nodes, so that the order of the samples changes with it). Up to that many rows less one come twice in an epoch,
-    to make the parts equal; with 1 none does, as it must be in an evaluation."""
+    nodes. When left out, llmtrain decides by the amount of data alone: 1 for unshuffled data, up to 64 for shuffled
+    (see `canonical_nodes`). llm-foundry goes by the number of nodes, so that the order of the samples changes with
+    it. To make the parts equal, up to that many rows less one come twice in an epoch; with 1 none does."""
     epoch_size: int | str | None = None
     """Samples in an epoch when streams have proportions; the sum of all streams' samples when left out."""
     batching_method: Literal["random", "stratified", "per_stream", "device_per_stream"] = "random"
@@ -86,8 +86,8 @@ class TextDatasetConfig(Config):
     """Samples a worker downloads ahead; 8 x the device batch size when left out."""
     cache_limit: int | str | None = None
     """Most bytes that the local cache may hold (`100gb`); without a limit when left out."""
-    download_retry: int = Field(default=2, ge=0)
-    """Further attempts at a shard after the first failed."""
+    download_retry: int = Field(default=2, ge=1)
+    """Attempts at a file, in all."""
     download_timeout: float = Field(default=60, gt=0)
     """Seconds a shard may take."""
     validate_hash: str | None = None
@@ -130,11 +130,6 @@ class TextDatasetConfig(Config):
         if self.eos_token_id is not None and self.bos_token_id is not None:
             raise ValueError("give eos_token_id or bos_token_id, not both: each alone marks where a document ends")
         return self
-
-    @property
-    def canonical_nodes(self) -> int:
-        """`num_canonical_nodes`, always a number."""
-        return self.num_canonical_nodes or (64 if self.shuffle else 1)
 
 
 class TextLoaderConfig(Config):

@@ -182,12 +182,12 @@ class GuardedDataset(StreamingDataset):  # type: ignore[misc]
                 continue
             sample_id = it.sample_ids[it.ready_index]
             if sample_id != -1:
-                self._await_shard(self.spanner[sample_id][0])
+                self._await_shard(self.spanner[sample_id][0], it)
             it.ready_index += 1
         it.on_exit()
 
-    def _await_shard(self, shard_id: int) -> None:
-        while not self._event.is_set():
+    def _await_shard(self, shard_id: int, it: _Iterator) -> None:
+        while not (it.should_exit() or self._event.is_set()):
             state = self._shard_states[shard_id]
             if state == _ShardState.LOCAL:
                 return
@@ -245,13 +245,20 @@ class GuardedLoader(StreamingDataLoader):  # type: ignore[misc]
         try:
             yield from super().__iter__()
         except UserError as problem:
+            self._stop_workers()
             kind = type(problem)
             message = str(problem).rpartition(f"{kind.__module__}.{kind.__qualname__}: ")[2].strip()
             raise kind(message) from problem
         except RuntimeError as problem:
             if "timed out" not in str(problem):
                 raise
+            self._stop_workers()
             raise ShardError(
                 f"no batch from the loader's workers within {self.timeout:.0f} s: the storage hangs, or reading takes "
                 "longer than that (timeout in the loader's block)"
             ) from problem
+
+    def _stop_workers(self) -> None:
+        """Stop persistent workers now: left to the garbage collector, they would keep a failing run for seconds."""
+        if self._iterator is not None and hasattr(self._iterator, "_shutdown_workers"):
+            self._iterator._shutdown_workers()

@@ -44,7 +44,7 @@ class TextDataset(GuardedDataset):
             sampling_method=cfg.sampling_method,
             sampling_granularity=cfg.sampling_granularity,
             partition_algo=cfg.partition_algo,
-            num_canonical_nodes=cfg.canonical_nodes,
+            num_canonical_nodes=cfg.num_canonical_nodes,
             batch_size=batch_size,
             shuffle=cfg.shuffle,
             shuffle_algo=cfg.shuffle_algo,
@@ -54,6 +54,8 @@ class TextDataset(GuardedDataset):
             allow_unsafe_types=cfg.allow_unsafe_types,
             replication=cfg.replication,
         )
+        # Never left to Streaming, which would go by the number of machines.
+        self.num_canonical_nodes = cfg.num_canonical_nodes or canonical_nodes(self._smallest_part(), cfg.shuffle)
 
     def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Any]:
         """One row: `tokens`, (max_seq_len,) of an integer dtype; `sample_id` where it is asked for.
@@ -80,6 +82,12 @@ class TextDataset(GuardedDataset):
             )
         return {"tokens": tokens, "sample_id": sample_id} if self._with_ids else {"tokens": tokens}
 
+    def _smallest_part(self) -> int:
+        """Rows of an epoch that are cut into canonical nodes together: all, or with some batching a stream's."""
+        if self.batching_method == "random":
+            return int(self.epoch_size)
+        return min(int(stream.choose) for stream in self.streams)
+
     def _from_bytes(self, data: bytes, sample_id: int) -> NDArray[Any]:
         if len(data) % self._bytes_dtype.itemsize:
             raise UserError(
@@ -91,6 +99,18 @@ class TextDataset(GuardedDataset):
     def _row(self, sample_id: int) -> str:
         shard_id, row = self.spanner[sample_id]
         return f"{self._name(shard_id)}, row {row}"
+
+
+def canonical_nodes(rows: int, shuffle: bool) -> int:
+    """Into how many parts rows are cut when the recipe does not say: depends on the data alone, not on the machines.
+
+    1 for unshuffled rows: they come in their order, each once. For shuffled rows the largest power of two up to 64
+    that leaves 1000 rows to each part: parts are made equal by repeating rows, one in a thousand at most.
+    """
+    parts = 64 if shuffle else 1
+    while parts > 1 and rows < 1000 * parts:
+        parts //= 2
+    return parts
 
 
 def build_text_loader(
@@ -188,9 +208,16 @@ def _check_origin(stream: GuardedStream, cfg: TextDatasetConfig, tokenizer_finge
 
 def _check_amounts(dataset: TextDataset, cfg: TextLoaderConfig, device_batch_size: int) -> None:
     nodes = dataset._parallel_rank_world.num_nodes
-    canonical = cfg.dataset.canonical_nodes
+    canonical = dataset.num_canonical_nodes
     if canonical % nodes and nodes % canonical:
-        raise UserError(f"dataset.num_canonical_nodes: {canonical} is no multiple or divisor of the {nodes} nodes")
+        raise UserError(
+            f"dataset.num_canonical_nodes: {canonical} is no multiple or divisor of the run's {nodes} nodes. "
+            f"Set it to a multiple of {nodes}, and keep it when the number of nodes changes"
+        )
+    if dataset._smallest_part() < canonical:
+        raise UserError(
+            f"dataset.num_canonical_nodes: {canonical} parts are too many for {dataset._smallest_part()} rows"
+        )
     if cfg.drop_last and len(dataset) < device_batch_size:
         raise UserError(
             f"the data has {dataset.epoch_size:,} rows, {len(dataset):,} a device: not one full batch of "

@@ -1,0 +1,122 @@
+"""The order of the samples: the same for any number of ranks and workers, and after a resume."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from streaming.base.batching import generate_work
+from streaming.base.world import World
+
+GLOBAL_BATCH = 16
+
+
+def ids_of(batches):
+    return [tuple(batch["sample_id"].tolist()) for batch in batches]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("stop", [1, 5])
+def test_resume_in_the_middle_of_an_epoch(loader, workers, stop):
+    settings = {"shuffle": True, "shuffle_seed": 3, "workers": workers, "num_canonical_nodes": 4}
+    whole = loader(**settings)
+    first, second = ids_of(whole), ids_of(whole)
+    del whole
+
+    interrupted = loader(**settings)
+    assert ids_of(interrupted) == first  # one epoch, then part of the second
+    batches = iter(interrupted)
+    seen = ids_of(next(batches) for _ in range(stop))
+    state = json.loads(json.dumps(interrupted.state_dict()))
+    assert state["num_canonical_nodes"] == 4
+    assert (state["epoch"], state["sample_in_epoch"]) == (1, 8 * stop)
+    del batches, interrupted
+
+    resumed = loader(**settings)
+    resumed.load_state_dict(state)
+    rest = ids_of(resumed)
+    flat = [i for batch in second for i in batch]
+    assert [i for batch in seen + rest for i in batch][: len(flat) - 8] == flat[: len(flat) - 8]
+    assert sorted(i for batch in seen + rest for i in batch) == sorted(flat)
+
+
+def test_seed_of_the_checkpoint_holds_and_is_told(loader, caplog):
+    a = loader(shuffle=True, shuffle_seed=1)
+    expected = ids_of(a)
+    del a
+    b = loader(shuffle=True, shuffle_seed=2)
+    b.load_state_dict({"epoch": 0, "sample_in_epoch": 0, "num_canonical_nodes": 1, "shuffle_seed": 1})
+    assert "shuffle_seed: the recipe says 2, the checkpoint 1" in caplog.text
+    assert ids_of(b) == expected
+
+
+@pytest.mark.parametrize("canonical", [4, 64])
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("drop_first", [0, 3 * GLOBAL_BATCH])
+def test_global_batches_do_not_depend_on_ranks_workers_or_nodes(loader, shuffle, drop_first, canonical):
+    """Simulated: Streaming's own plan of the work for other worlds."""
+    dataset = loader(shuffle=shuffle, num_canonical_nodes=canonical).dataset
+
+    def plan(nodes, ranks, workers):
+        dataset.batch_size = GLOBAL_BATCH // (nodes * ranks)
+        dataset._set_shuffle_block_size(World(nodes, ranks, workers, 0))
+        work = generate_work("random", dataset, World(nodes, ranks, workers, 0), 0, drop_first)
+        # (nodes, ranks, workers, batches of a worker, batch) -> one set of samples for each global batch
+        by_batch = work.transpose(3, 2, 0, 1, 4).reshape(-1, GLOBAL_BATCH)
+        return [sorted(batch[batch != -1].tolist()) for batch in by_batch if (batch != -1).any()]
+
+    one = plan(1, 1, 1)
+    full = len(one) - 1
+    assert full > 10
+    for world in [(1, 2, 1), (1, 4, 2), (1, 2, 3), (2, 2, 1), (2, 4, 2), (4, 1, 1)]:
+        assert plan(*world)[:full] == one[:full], world
+
+
+def test_another_seed_is_another_order(loader):
+    orders = {seed: ids_of(loader(shuffle=True, shuffle_seed=seed)) for seed in (1, 2)}
+    assert orders[1] != orders[2]
+    assert orders[1] == ids_of(loader(shuffle=True, shuffle_seed=1))
+
+
+SCRIPT = """
+import json, os, sys
+import torch.distributed as dist
+from llmtrain.data.config import TextLoaderConfig
+from llmtrain.data.text import build_text_loader
+
+cfg, fingerprint, batch, out = json.loads(sys.argv[1])
+dist.init_process_group("gloo", init_method="file://" + out + ".store", rank=int(os.environ["RANK"]),
+                        world_size=int(os.environ["WORLD_SIZE"]))
+loader = build_text_loader(TextLoaderConfig.model_validate(cfg), eos_token_id=0, tokenizer_fingerprint=fingerprint,
+                           vocab_size=320, device_batch_size=batch)
+ids = [b["sample_id"].tolist() for b in loader]
+open(out + os.environ["RANK"], "w").write(json.dumps(ids))
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_two_real_ranks_see_the_batches_of_one(loader, corpus, tmp_path):
+    one = ids_of(loader(batch_size=GLOBAL_BATCH, shuffle=True))
+    cfg = {
+        "dataset": {"local": str(corpus.train), "max_seq_len": 32, "shuffle": True, "return_sample_ids": True},
+        "num_workers": 1,
+        "drop_last": False,
+    }
+    argument = json.dumps([cfg, corpus.tokenizer_fingerprint, GLOBAL_BATCH // 2, str(tmp_path / "ids")])
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, argument],
+            env={**os.environ, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},
+        )
+        for rank in "01"
+    ]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    ranks = [json.loads((tmp_path / f"ids{rank}").read_text()) for rank in "01"]
+    two = [sorted(a + b) for a, b in zip(*ranks, strict=True)]
+    full = len(one) - 1
+    assert two[:full] == [sorted(batch) for batch in one[:full]]
+    assert np.unique(np.concatenate([np.concatenate(batch) for batch in [two]])).size == loader().dataset.num_samples
