@@ -61,17 +61,19 @@ def export(
     recipe: Annotated[Path | None, typer.Option(help="The recipe, for a checkpoint that does not hold one.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing target.")] = False,
 ) -> None:
-    """Write a checkpoint as a Hugging Face folder that plain transformers opens, and prove that it is the same model."""
+    """Write a checkpoint as a Hugging Face folder for plain transformers, and prove that it is the same model."""
     from llmtrain.checkpoint.export import export as run
 
-    run(source, target, dtype=dtype, recipe=recipe, overwrite=overwrite)
+    print(run(source, target, dtype=dtype, recipe=recipe, overwrite=overwrite))
 
 
 @app.command()
 def generate(
     source: Annotated[Path, typer.Argument(help="An export, a run, or a checkpoint.")],
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given several times.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="A .txt file (a prompt a line) or .jsonl (field `prompt`).")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="A .txt file (a prompt a line) or .jsonl (field `prompt`).")
+    ] = None,
     max_new_tokens: int = 64,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.8,
     top_p: float = 1.0,
@@ -79,6 +81,9 @@ def generate(
     seed: int = 0,
     batch_size: int = 8,
     output: Annotated[Path | None, typer.Option(help="Write jsonl here instead of printing.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="The recipe, for a checkpoint that does not hold one.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; the GPU when there is one.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; bfloat16 on a GPU.")] = None,
 ) -> None:
     """Continue prompts from arguments, a file or standard input."""
     from llmtrain.generation.command import generate_command
@@ -94,6 +99,9 @@ def generate(
         seed=seed,
         batch_size=batch_size,
         output=output,
+        recipe=recipe,
+        device=device,
+        dtype=dtype,
     )
 
 

@@ -1,22 +1,28 @@
 """``llmtrain export``: a training checkpoint becomes a Hugging Face folder, proven equal before it appears."""
 
+import json
 import os
 import shutil
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
+import xxhash
 from torch import Tensor
 
+from llmtrain.checkpoint import manifest
 from llmtrain.checkpoint.compare import Comparison, compare_with_transformers
 from llmtrain.checkpoint.hugging_face import is_hugging_face_folder, write_hf_folder
 from llmtrain.checkpoint.hugging_face_config import refuse_inexpressible
+from llmtrain.checkpoint.resolve import locate
 from llmtrain.checkpoint.source import Source, open_source
 from llmtrain.errors import UserError
 from llmtrain.tokenizer import load_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+RECORD = "llmtrain_export.json"
+"""Beside the weights: which checkpoint they are, and how that was proven."""
 _SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -40,10 +46,14 @@ class ExportReport:
     """Greedy tokens that were compared and are equal."""
     tokenizer: bool
     """Whether a tokenizer was written."""
+    done_before: bool = False
+    """The target held this very export already; nothing was written."""
 
     def __str__(self) -> str:
         lines = [
-            f"Exported {self.source} to {self.target}",
+            f"{self.target} is the export of {self.source} already; nothing to do"
+            if self.done_before
+            else f"Exported {self.source} to {self.target}",
             f"  {self.parameters:,} parameters in {self.dtype}, {self.size / 1e6:,.1f} MB"
             + ("" if self.tokenizer else "; WITHOUT a tokenizer: none is known for this checkpoint"),
             f"  opened by plain transformers: all tensors equal, logits within {self.max_difference:.1e} "
@@ -64,7 +74,8 @@ def export(
     """Write a Hugging Face folder that plain ``AutoModelForCausalLM.from_pretrained`` opens, and prove it.
 
     Everything is written into a hidden folder beside the target, opened there by transformers and compared with the
-    source (:mod:`llmtrain.checkpoint.compare`); only then is it renamed. On any failure nothing is left.
+    source (:mod:`llmtrain.checkpoint.compare`); only then is it renamed. On any failure nothing is left. An export that
+    stands there already is left as it is.
 
     Args:
         source: A run, its ``checkpoints/`` folder, a checkpoint, ``latest``, a ``.pt`` file, or a Hugging Face folder.
@@ -81,6 +92,8 @@ def export(
     name = _SHORT.get(dtype, dtype)
     if name not in DTYPES:
         raise UserError(f"--dtype {dtype}: use one of {', '.join(DTYPES)}.")
+    if (before := _done_before(source, target, name)) is not None:
+        return before
     _refuse_taken(target, overwrite)
     opened = open_source(source, recipe)
     refuse_inexpressible(opened.config, str(opened.path))
@@ -101,10 +114,36 @@ def export(
                 + "; ".join(result.problems)
             )
         size = sum(file.stat().st_size for file in (staging / "out").iterdir())
+        report = _report(opened, target, weights, name, size, result, tokenizer is not None)
+        _record(report, staging / "out")
         _move_into_place(staging / "out", target, staging / "old")
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    return _report(opened, target, weights, name, size, result, tokenizer is not None)
+    return report
+
+
+def _checksum(checkpoint: Path) -> str | None:
+    """Tells one checkpoint from another; None for one without a manifest."""
+    file = checkpoint / manifest.MANIFEST
+    return xxhash.xxh3_128(file.read_bytes()).hexdigest() if file.is_file() else None
+
+
+def _record(report: ExportReport, folder: Path) -> None:
+    content = {field.name: getattr(report, field.name) for field in fields(report) if field.name != "done_before"}
+    content |= {"source": str(report.source), "target": str(report.target), "checksum": _checksum(report.source)}
+    (folder / RECORD).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _done_before(source: Path, target: Path, dtype: str) -> ExportReport | None:
+    """The report of an earlier export of the same checkpoint in the same dtype, when the target holds it."""
+    try:
+        content = json.loads((target / RECORD).read_text())
+        checksum = content.pop("checksum")
+        if checksum is None or content["dtype"] != dtype or checksum != _checksum(locate(source)):
+            return None
+        return ExportReport(**{**content, "source": Path(content["source"]), "target": target}, done_before=True)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _refuse_taken(target: Path, overwrite: bool) -> None:

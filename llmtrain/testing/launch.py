@@ -38,13 +38,13 @@ def command(recipe: Path, overrides: Sequence[str] = (), *, ranks: int = 1) -> l
 
 def environment() -> dict[str, str]:
     """The environment for a run: no rank of an outer launch, W&B offline, one thread a process."""
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("RANK", "WORLD_", "LOCAL_", "MASTER_", "NODE_"))}
+    inherited = {
+        k: v for k, v in os.environ.items() if not k.startswith(("RANK", "WORLD_", "LOCAL_", "MASTER_", "NODE_"))
+    }
     return {**inherited, "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
-def launch(
-    recipe: Path, overrides: Sequence[str] = (), *, ranks: int = 1, cwd: Path, timeout: float = 300
-) -> Finished:
+def launch(recipe: Path, overrides: Sequence[str] = (), *, ranks: int = 1, cwd: Path, timeout: float = 300) -> Finished:
     """Trains `recipe` with `ranks` processes in the working directory `cwd`, and waits for the end.
 
     Raises:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import spawn
 
 
 def run_ranks(function: Callable[..., Any], n_ranks: int, *args: Any) -> list[Any]:
@@ -24,7 +24,7 @@ def run_ranks(function: Callable[..., Any], n_ranks: int, *args: Any) -> list[An
         RuntimeError: with the traceback of the first rank that failed.
     """
     with tempfile.TemporaryDirectory(prefix="llmtrain-ranks-") as folder:
-        mp.spawn(_enter, args=(function, n_ranks, folder, args), nprocs=n_ranks, join=True)
+        spawn(_enter, args=(function, n_ranks, folder, args), nprocs=n_ranks, join=True)  # type: ignore[no-untyped-call]
         results = [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(n_ranks)]
     for rank, (error, _) in enumerate(results):
         if error is not None:

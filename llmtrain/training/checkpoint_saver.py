@@ -1,10 +1,9 @@
 """Writes checkpoints that are either complete or not there."""
 
-import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from composer import Callback, Event, Logger, State
 from composer.callbacks.checkpoint_saver import create_interval_scheduler
@@ -20,8 +19,8 @@ STAGING = ".saving"
 class CheckpointSaver(Callback):  # type: ignore[misc]
     """Saves to `FOLDER/.saving/epE-baB`, adds a manifest with sizes and hashes, then renames to `FOLDER/epE-baB`.
 
-    Composer's own saver writes in place, replaces its `latest` link in two steps, keeps no hashes and forgets at a resume
-    which older checkpoints it should delete. Here `latest` is replaced by one rename, and retention looks at the disk.
+    Composer's own saver writes in place, replaces its `latest` link in two steps, keeps no hashes and forgets at a
+    resume which older checkpoints it should delete. Here `latest` is replaced by one rename, and retention looks at the disk.
     The serialisation itself is Composer's.
 
     Args:
@@ -94,7 +93,12 @@ class CheckpointSaver(Callback):  # type: ignore[misc]
         return path.name.startswith(f"__{rank}_") or (rank == 0 and not (sharded and path.name.startswith("__")))
 
     def _publish(
-        self, state: State, staged: Path, name: str, entries: dict[str, manifest.FileEntry], kind: str
+        self,
+        state: State,
+        staged: Path,
+        name: str,
+        entries: dict[str, manifest.FileEntry],
+        kind: Literal["sharded", "full"],
     ) -> None:
         manifest.write(
             staged,
@@ -112,7 +116,7 @@ class CheckpointSaver(Callback):  # type: ignore[misc]
         link = self.folder / STAGING / "latest"
         link.unlink(missing_ok=True)
         link.symlink_to(name)
-        os.replace(link, self.folder / "latest")
+        link.replace(self.folder / "latest")
         shutil.rmtree(self.folder / STAGING, ignore_errors=True)
         if self.keep >= 0:
             for old in checkpoints_in(self.folder)[max(self.keep, 1) :]:
@@ -134,4 +138,3 @@ def free_space_warning(folder: Path, n_parameters: int, keep: int) -> str | None
         f"{folder} has {free / 1e9:.1f} GB free; {need / 1e9:.1f} GB are needed for the checkpoints that are kept and "
         "one being written. Free some space, or lower save_num_checkpoints_to_keep."
     )
-

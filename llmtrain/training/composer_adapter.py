@@ -109,9 +109,9 @@ def install() -> None:
 def parallelism(plan: ShardingPlan) -> dict[str, Any] | None:
     """What the Trainer is told about sharding; None means DDP, or nothing on a single process.
 
-    An instance of FSDP2Config is passed because a dict would select FSDP1 unless an environment variable says otherwise.
+    An instance of FSDP2Config is passed because a dict selects FSDP1 unless an environment variable says otherwise.
     """
-    if plan.strategy not in ("fsdp", "hsdp"):
+    if not plan.is_sharded:
         return None
     return {
         "fsdp": Sharding(

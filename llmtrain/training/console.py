@@ -81,8 +81,8 @@ class Console(LoggerDestination):  # type: ignore[misc]
         if state.max_duration is not None and timestamp >= state.max_duration:
             return True
         if every.unit == TimeUnit.BATCH:
-            return int(timestamp.batch) % every.value == 0
-        return every.unit == TimeUnit.EPOCH and int(timestamp.batch_in_epoch) == state.dataloader_len
+            return bool(int(timestamp.batch) % every.value == 0)
+        return bool(every.unit == TimeUnit.EPOCH and int(timestamp.batch_in_epoch) == state.dataloader_len)
 
     @staticmethod
     def _share_done(state: State) -> float:

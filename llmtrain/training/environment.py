@@ -8,6 +8,8 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -92,7 +94,7 @@ def run_code_paths(recipe: Recipe) -> None:
     import runpy
 
     for path in recipe.code_paths or []:
-        if not os.path.isfile(path):
+        if not Path(path).is_file():
             raise UserError(f"code_paths: there is no file {path!r}")
         say(f"code_paths: running {path}")
         runpy.run_path(path)
@@ -117,6 +119,29 @@ def recipe_yaml(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
 
 
+def hyperparameters(recipe: Recipe) -> dict[str, Any]:
+    """What loggers are told of the recipe; `metadata` at the top level unless `flatten_metadata` is off."""
+    values = recipe.model_dump(mode="json")
+    metadata = values.pop("metadata") or {}
+    if not recipe.flatten_metadata:
+        return {**values, "metadata": metadata}
+    if clash := sorted(metadata.keys() & values.keys()):
+        raise UserError(f"metadata: {', '.join(clash)} are recipe keys; rename them, or set flatten_metadata: false")
+    return {**values, **metadata}
+
+
+def notes(recipe: Recipe) -> list[str]:
+    """Lines about keys that are accepted and mean nothing here."""
+    return [
+        f"{key}: {value!r} is not used; checkpoints are always {name}."
+        for key, value, name in (
+            ("save_filename", recipe.save_filename, "epE-baB in save_folder"),
+            ("save_latest_filename", recipe.save_latest_filename, "linked as `latest` in save_folder"),
+        )
+        if value is not None
+    ]
+
+
 def summary(
     recipe: Recipe, model: nn.Module, batch: BatchPlan, sharding: ShardingPlan, device: torch.device, step: int
 ) -> str:
@@ -127,11 +152,13 @@ def summary(
     attention = select(config.attn_config.attn_impl, device.type)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     tokens = batch.global_batch_size * recipe.max_seq_len
+    begins = f"continues after step {step}" if step else "starts at step 0"
+    kind = precision(recipe, device, quiet=True)
     lines = [
-        f"run         {recipe.run_name}, {'continues after' if step else 'starts at'} step {step}, ends at {recipe.max_duration}",
+        f"run         {recipe.run_name}, {begins}, ends at {recipe.max_duration}",
         f"model       {whole:,} parameters{frozen}; attention: {attention.reason}",
         f"batch       {batch.global_batch_size} x {recipe.max_seq_len} = {tokens:,} tokens a step: {ranks} rank(s) x "
         f"{batch.accumulation_steps} micro-batch(es) of {batch.microbatch_size}",
-        f"device      {ranks} x {name}, {precision(recipe, device, quiet=True)}, {sharding.strategy}, torch {torch.__version__}",
+        f"device      {ranks} x {name}, {kind}, {sharding.strategy}, torch {torch.__version__}",
     ]
     return "\n".join(lines)

@@ -247,6 +247,11 @@ class ShardingPlan:
     load_monolith_rank0_only: bool = False
     notes: tuple[str, ...] = ()
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether FSDP2 wraps the model."""
+        return self.strategy in ("fsdp", "hsdp")
+
 
 def translate(
     cfg: FSDPConfig | None, *, world_size: int, local_world_size: int, device_type: str = "cuda"
@@ -265,11 +270,9 @@ def translate(
     notes = cfg.notes() if cfg is not None else ()
     if cfg is not None and device_type == "cpu" and cfg.precision_preset == "PURE":
         notes += ("fsdp_config.mixed_precision: PURE has no effect on CPU, where training is in fp32.",)
-    if world_size == 1 or cfg is None or cfg.sharding_strategy == "NO_SHARD":
-        if cfg is not None and world_size == 1 and cfg.sharding_strategy != "NO_SHARD":
-            notes += ("fsdp_config: a single process, so nothing is sharded.",)
+    if cfg is None or cfg.sharding_strategy == "NO_SHARD":
         if cfg is not None and (cfg.activation_checkpointing or cfg.activation_cpu_offload):
-            notes += _unsharded_checkpointing(cfg, world_size)
+            notes += _unsharded_checkpointing(cfg)
         return ShardingPlan(
             strategy="single" if world_size == 1 else "ddp",
             reshard_after_forward=False,
@@ -278,13 +281,15 @@ def translate(
             activation_cpu_offload=cfg is not None and cfg.activation_cpu_offload,
             notes=notes,
         )
-    replicate, shard = _degrees(cfg, world_size, local_world_size)
-    if replicate == world_size:
+    # A single process is sharded over itself: its checkpoints continue on any number of ranks, and the other way round,
+    # and activation checkpointing works, which Composer applies to sharded models only.
+    replicate, shard = _degrees(cfg, world_size, local_world_size) if world_size > 1 else (1, 1)
+    if replicate == world_size > 1:
         raise UserError(
             f"fsdp_config: {replicate} copies on {world_size} ranks leave nothing to shard. "
             "Write `sharding_strategy: NO_SHARD` if that is meant."
         )
-    if cfg.sharding_strategy in _HYBRID and replicate == 1:
+    if cfg.sharding_strategy in _HYBRID and replicate == 1 and world_size > 1:
         notes += (
             f"fsdp_config.sharding_strategy: {cfg.sharding_strategy} on one node shards over its {world_size} ranks, "
             "as FULL_SHARD does; replicas begin with the second node.",
@@ -306,10 +311,9 @@ def translate(
     )
 
 
-def _unsharded_checkpointing(cfg: FSDPConfig, world_size: int) -> tuple[str, ...]:
+def _unsharded_checkpointing(cfg: FSDPConfig) -> tuple[str, ...]:
     key = "activation_checkpointing" if cfg.activation_checkpointing else "activation_cpu_offload"
-    how = "a single process shards nothing" if world_size == 1 else "NO_SHARD shards nothing"
-    return (f"fsdp_config.{key}: not applied, because {how} and Composer applies it to sharded models only.",)
+    return (f"fsdp_config.{key}: not applied: NO_SHARD shards nothing, and Composer applies it to sharded models only.",)
 
 
 def _degrees(cfg: FSDPConfig, world_size: int, local_world_size: int) -> tuple[int, int]:

@@ -1,7 +1,6 @@
 """The loss-curve picture of a run."""
 
 import json
-import os
 from pathlib import Path
 
 
@@ -58,4 +57,4 @@ def draw_loss_curve(metrics: Path, picture: Path) -> None:
     temporary = picture.with_suffix(".tmp.png")
     figure.savefig(temporary, dpi=120)
     plt.close(figure)
-    os.replace(temporary, picture)
+    temporary.replace(picture)

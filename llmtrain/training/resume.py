@@ -80,7 +80,7 @@ def _find(recipe: Recipe) -> StartingPoint:
             return _from_own_checkpoint(recipe, folder)
         if not recipe.save_overwrite:
             raise UserError(
-                f"{folder} holds checkpoints of an earlier run (newest: {existing[0].path.name}) and autoresume is off. "
+                f"{folder} holds checkpoints of an earlier run (newest: {existing[0].path.name}); autoresume is off. "
                 "Set autoresume=true to continue, save_overwrite=true to delete them and start over, or another "
                 "run_name."
             )
@@ -108,7 +108,7 @@ def _from_own_checkpoint(recipe: Recipe, folder: Path) -> StartingPoint:
     compare(saved.recipe, recipe.model_dump(mode="json"), newest)
     if saved.versions.get("torch", "").split("+")[0].rsplit(".", 1)[0] != _torch_minor():
         say(
-            f"warning: {newest.name} was written with torch {saved.versions.get('torch')}, this is {torch.__version__}: "
+            f"warning: {newest.name} was written with torch {saved.versions.get('torch')}, not {torch.__version__}: "
             "the run continues, but not with the same bits (and checkpoints of torch 2.7 may not load)."
         )
     path = str(newest / "full.pt") if saved.kind == "full" else str(newest)
@@ -123,7 +123,11 @@ def compare(saved: dict[str, Any], now: dict[str, Any], checkpoint: Path) -> Non
     """
     shape = ("d_model", "n_heads", "n_layers", "vocab_size", "expansion_ratio", "tie_word_embeddings", "no_bias")
     old_model, new_model = saved.get("model") or {}, now.get("model") or {}
-    changed = [f"{key} {old_model.get(key)} -> {new_model.get(key)}" for key in shape if old_model.get(key) != new_model.get(key)]
+    changed = [
+        f"{key} {old_model.get(key)} -> {new_model.get(key)}"
+        for key in shape
+        if old_model.get(key) != new_model.get(key)
+    ]
     if changed:
         raise UserError(
             f"the model is not the one of {checkpoint}: {', '.join(changed)}. "
@@ -132,7 +136,8 @@ def compare(saved: dict[str, Any], now: dict[str, Any], checkpoint: Path) -> Non
     for key in ("model", "optimizer", "scheduler", "global_train_batch_size", "max_duration", "train_loader", "seed"):
         if saved.get(key) != now.get(key):
             note = " (the learning-rate schedule changes with it)" if key == "max_duration" else ""
-            say(f"warning: `{key}` differs from the recipe of {checkpoint.name}{note}: {_difference(saved.get(key), now.get(key))}")
+            change = _difference(saved.get(key), now.get(key))
+            say(f"warning: `{key}` differs from the recipe of {checkpoint.name}{note}: {change}")
 
 
 def _difference(old: Any, new: Any, path: str = "") -> str:

@@ -1,7 +1,6 @@
 """runs/NAME: the one folder that a run leaves."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         temporary = self.recipe.with_suffix(".tmp")
         temporary.write_text(recipe_yaml)
-        os.replace(temporary, self.recipe)
+        temporary.replace(self.recipe)
 
 
 class MetricsFile(LoggerDestination):  # type: ignore[misc]
@@ -60,8 +59,10 @@ class MetricsFile(LoggerDestination):  # type: ignore[misc]
     def after_load(self, state: State, logger: Logger) -> None:
         if self._enabled and self.folder.metrics.exists():
             temporary = self.folder.metrics.with_suffix(".tmp")
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in self._rows_before(int(state.timestamp.batch))))
-            os.replace(temporary, self.folder.metrics)
+            temporary.write_text(
+                "".join(json.dumps(row) + "\n" for row in self._rows_before(int(state.timestamp.batch)))
+            )
+            temporary.replace(self.folder.metrics)
 
     def batch_end(self, state: State, logger: Logger) -> None:
         self._flush()

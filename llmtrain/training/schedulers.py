@@ -106,9 +106,11 @@ def units_problem(cfg: SchedulerConfig, max_duration: str) -> tuple[str, str] | 
         span = parse(text) if text is not None else None
         if span is None or _comparable(span, run) or span.value == 0:
             continue
-        unit = "`ba` or `ep`" if run.unit == "ep" else f"`{run.unit}`"
-        also = "" if isinstance(cfg, InvSqrtWithWarmup) and key != "t_max" else " or `dur`"
-        return key, f"`max_duration` is {max_duration}, so this must be in {unit}{also}."
+        units = ["ba", "ep"] if run.unit in ("ba", "ep") else [run.unit]
+        if key == "t_max" or not isinstance(cfg, InvSqrtWithWarmup):
+            units.append("dur")
+        allowed = " or ".join(f"`{unit}`" for unit in units)
+        return key, f"`max_duration` is {max_duration}, so this must be in {allowed}."
     end = parse(cfg.t_max)
     if end.unit == run.unit and end.value < run.value:
         return "t_max", f"The run goes on to {max_duration}: give at least that, or leave the key out."
@@ -118,7 +120,7 @@ def units_problem(cfg: SchedulerConfig, max_duration: str) -> tuple[str, str] | 
 
 
 def _comparable(span: Duration, run: Duration) -> bool:
-    return span.unit in ("dur", run.unit) or (run.unit == "ep" and span.unit == "ba")
+    return span.unit in ("dur", run.unit) or {span.unit, run.unit} <= {"ba", "ep"}
 
 
 def build_scheduler(cfg: SchedulerConfig) -> Callable[..., float]:

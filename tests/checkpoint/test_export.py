@@ -54,6 +54,21 @@ def test_transformers_opens_the_same_function(run, tmp_path: Path, kind: str, mo
     assert config.attn_config.softmax_scale == source.attn_config.softmax_scale
 
 
+def test_the_same_export_again_is_left_as_it_is(run, tmp_path: Path) -> None:
+    run.save(step=10)
+    first = export(run.folder, tmp_path / "out")
+    written = (tmp_path / "out/model.safetensors").stat().st_mtime_ns
+    again = export(run.folder, tmp_path / "out")
+    assert (first.done_before, again.done_before) == (False, True)
+    assert again.max_difference == first.max_difference
+    assert (tmp_path / "out/model.safetensors").stat().st_mtime_ns == written
+    with pytest.raises(UserError, match="--overwrite"):
+        export(run.folder, tmp_path / "out", dtype="bfloat16")
+    run.save(step=20)
+    with pytest.raises(UserError, match="--overwrite"):
+        export(run.folder, tmp_path / "out")
+
+
 def test_opened_without_our_code(run, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

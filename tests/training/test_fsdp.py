@@ -59,12 +59,12 @@ def test_hybrid_on_one_node_shards_and_says_so() -> None:
     assert "on one node shards over its 8 ranks" in found.notes[0]
 
 
-def test_a_single_process_shards_nothing_and_says_so() -> None:
-    found = plan({"activation_checkpointing": True}, world_size=1, local_world_size=1)
-    assert found.strategy == "single"
-    assert any("nothing is sharded" in note for note in found.notes)
-    assert any("activation_checkpointing: not applied" in note for note in found.notes)
-    assert plan(None, world_size=1, local_world_size=1).notes == ()
+def test_a_single_process_is_sharded_over_itself_so_that_its_checkpoints_continue_anywhere() -> None:
+    found = translate(FSDPConfig(activation_checkpointing=True), world_size=1, local_world_size=1, device_type="cuda")
+    assert (found.strategy, found.shard_degree, found.state_dict_type) == ("fsdp", 1, "sharded")
+    assert found.activation_checkpointing
+    hybrid = FSDPConfig(sharding_strategy="HYBRID_SHARD", data_parallel_replicate_degree=2)
+    assert translate(hybrid, world_size=1, local_world_size=1).strategy == "fsdp"
 
 
 @pytest.mark.parametrize(
@@ -153,8 +153,14 @@ def test_every_key_either_acts_or_gets_a_line() -> None:
 
 
 def test_the_usual_llm_foundry_block_is_quiet() -> None:
-    block = {"sharding_strategy": "FULL_SHARD", "mixed_precision": "PURE", "activation_checkpointing": False,
-             "activation_checkpointing_reentrant": True, "activation_cpu_offload": False, "limit_all_gathers": True}  # fmt: skip
+    block = {
+        "sharding_strategy": "FULL_SHARD",
+        "mixed_precision": "PURE",
+        "activation_checkpointing": False,
+        "activation_checkpointing_reentrant": True,
+        "activation_cpu_offload": False,
+        "limit_all_gathers": True,
+    }
     found = plan(block)
     assert found == ShardingPlan("fsdp", True, 1, 16, "PURE", state_dict_type="sharded")
     assert "fp32" in plan(block, device_type="cpu").notes[0]

@@ -14,7 +14,13 @@ from llmtrain.testing.ranks import run_ranks
 from llmtrain.testing.recipe import tiny_recipe
 
 CONFIG = MPTConfig(
-    d_model=24, n_heads=3, n_layers=2, vocab_size=64, max_seq_len=16, no_bias=True, attn_config=AttentionConfig(alibi=True)
+    d_model=24,
+    n_heads=3,
+    n_layers=2,
+    vocab_size=64,
+    max_seq_len=16,
+    no_bias=True,
+    attn_config=AttentionConfig(alibi=True),
 )
 
 
@@ -83,11 +89,15 @@ def test_self_check_refuses_summed_gradients() -> None:
 
 
 @pytest.mark.slow
-def test_micro_batch_size_does_not_change_the_losses(corpus: TinyCorpus, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_micro_batch_size_does_not_change_the_losses(
+    corpus: TinyCorpus, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     folder = tmp_path_factory.mktemp("micro")
     model = {"name": "mpt_causal_lm", "d_model": 48, "n_heads": 3, "n_layers": 2, "vocab_size": corpus.vocab_size}
     model |= {"init_device": "mixed", "attn_config": {"alibi": True}}
-    recipe = tiny_recipe(folder / "micro.yaml", corpus, model=model, max_duration="4ba", eval_loader=None, save_folder=None)
+    recipe = tiny_recipe(
+        folder / "micro.yaml", corpus, model=model, max_duration="4ba", eval_loader=None, save_folder=None
+    )
     losses = {}
     for size in (1, 3, 4):
         run = launch(recipe, [f"run_name=micro{size}", f"device_train_microbatch_size={size}"], ranks=2, cwd=folder)

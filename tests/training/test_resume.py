@@ -158,11 +158,13 @@ def test_sigterm_finishes_the_step_saves_and_the_run_goes_on_from_there(recipe: 
     assert_same_run(whole, again)
 
 
-def test_two_ranks_continue_as_one_with_the_same_global_batches(
-    corpus: TinyCorpus, tmp_path: Path
-) -> None:
+def test_two_ranks_continue_as_one_with_the_same_global_batches(corpus: TinyCorpus, tmp_path: Path) -> None:
     model = {"d_model": 48, "n_heads": 3, "n_layers": 2, "vocab_size": corpus.vocab_size, "init_device": "mixed"}
-    model |= {"name": "mpt_causal_lm", "no_bias": True, "attn_config": {"alibi": True}}  # no dropout: it differs by rank
+    model |= {
+        "name": "mpt_causal_lm",
+        "no_bias": True,
+        "attn_config": {"alibi": True},
+    }  # no dropout: it differs by rank
     recipe = tiny_recipe(tmp_path / "elastic.yaml", corpus, model=model)
     two = launch(recipe, ["run_name=two"], ranks=2, cwd=tmp_path)
     assert two.code == 0, two.output
@@ -177,7 +179,9 @@ def test_two_ranks_continue_as_one_with_the_same_global_batches(
 
 def test_resume_in_the_second_epoch_reads_the_second_epochs_order(corpus: TinyCorpus, tmp_path: Path) -> None:
     """At an epoch's end Streaming's state still names the epoch that is over."""
-    recipe = tiny_recipe(tmp_path / "epochs.yaml", corpus, max_duration="3ep", train_subset_num_batches=3, save_interval="1ep")
+    recipe = tiny_recipe(
+        tmp_path / "epochs.yaml", corpus, max_duration="3ep", train_subset_num_batches=3, save_interval="1ep"
+    )
     whole = launch(recipe, ["run_name=whole-epochs"], ranks=2, cwd=tmp_path)
     assert whole.code == 0, whole.output
     shutil.copytree(whole.folder, whole.folder.with_name("again"), symlinks=True)
