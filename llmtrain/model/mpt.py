@@ -153,9 +153,16 @@ class MPT(nn.Module):
                 llm-foundry's `attn_uses_sequence_id: false`.
             cache: keys and values of earlier forwards; extended here.
 
-        Raises UserError for more tokens than the kernel or the learned positions can take.
+        Raises UserError for more tokens than the kernel or the learned positions can take, ValueError for a mask of
+        another shape, and for a prompt padded on the right together with a cache.
         """
-        if cache is not None and cache.length == 0 and attention_mask is not None and not attention_mask[:, -1].all():
+        past = cache.length if cache is not None else 0
+        if attention_mask is not None and attention_mask.shape != (len(input_ids), past + input_ids.shape[1]):
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}; expected (batch, cached + new tokens) = "
+                f"({len(input_ids)}, {past + input_ids.shape[1]})"
+            )
+        if cache is not None and past == 0 and attention_mask is not None and not attention_mask[:, -1].all():
             raise ValueError("generation from padded prompts needs the padding on the left")
         hidden = self.transformer(input_ids, attention_mask, cache)
         factor = self.config.logit_factor

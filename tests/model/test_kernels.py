@@ -127,7 +127,7 @@ def test_documents_cannot_see_each_other(kernel: Kernel) -> None:
 def test_rows_of_padding_alone_stay_finite(
     kernel: Kernel, slopes: tuple[float, ...] | None, dtype: torch.dtype
 ) -> None:
-    """More padding than a fused kernel's block of keys (512), one row all padding: no NaN, and none in the gradients."""
+    """More padding than a fused kernel's block of keys (512), one row nothing else: no NaN, nor in the gradients."""
     padding = torch.ones(2, 1100, dtype=torch.bool)
     padding[0, :1050] = False
     padding[1] = False
@@ -144,18 +144,17 @@ def test_rows_of_padding_alone_stay_finite(
 
 @pytest.mark.parametrize("kernel", [EAGER, SDPA], ids=lambda k: k.name)
 def test_autocast_does_not_round_the_bias(kernel: Kernel) -> None:
-    """torch's autocast rounds SDPA's mask to bfloat16: at 1500 tokens that alone would exceed this tolerance."""
-    n = 1500
-    q = torch.zeros(1, 1, n, 16, dtype=torch.bfloat16)
-    v = torch.zeros(1, 1, n, 16, dtype=torch.bfloat16)
-    v[:, :, : n // 2] = 1
-    slopes = (2.0**-11 * 1.37,)  # weights fall slowly over the whole row
+    """torch's autocast rounds SDPA's mask to bfloat16, where 1027 becomes 1024: here that is e^0 instead of e^-3."""
+    n, far = 1100, 1027
+    q, k, v = (torch.zeros(1, 1, n, 16, dtype=torch.bfloat16) for _ in range(3))
+    q[..., 0] = 4
+    k[..., n - 1 - far, 0] = 1024  # a score of 4 * 1024 / sqrt(16) = 1024, all other scores are 0
+    v[..., n - 1 - far, :] = 1
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = attention(kernel, q, q, v, slopes=slopes)
+        out = attention(kernel, q, k, v, slopes=(1.0,))
     assert out.dtype == torch.bfloat16
-    weights = torch.exp(slopes[0] * (torch.arange(n, dtype=torch.float64) - (n - 1)))
-    expected = weights[: n // 2].sum() / weights.sum()
-    assert abs(out[0, 0, -1, 0].item() - expected) < 2**-9 * expected
+    expected = math.exp(-3) / (math.exp(-3) + 1 / (1 - math.exp(-1)))
+    assert out[0, 0, -1, 0].item() == pytest.approx(expected, rel=2**-7)
 
 
 def test_bias_holds_the_distances() -> None:

@@ -202,6 +202,14 @@ def test_a_prompt_padded_on_the_right_cannot_be_continued() -> None:
         build()(tokens(1, 3), attention_mask=mask, cache=KVCache(2))
 
 
+def test_a_mask_covers_what_is_cached() -> None:
+    model, cache = build().eval(), KVCache(2)
+    with torch.no_grad():
+        logits(model, tokens(1, 3), attention_mask=torch.ones(1, 3), cache=cache)
+        with pytest.raises(ValueError, match=r"\(1, 4\)"):
+            model(tokens(1, 1), attention_mask=torch.ones(1, 1), cache=cache)
+
+
 def test_learned_positions_have_an_end() -> None:
     model = build({"alibi": False})
     with pytest.raises(UserError, match="max_seq_len: 64"):

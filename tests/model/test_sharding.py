@@ -54,7 +54,7 @@ def test_sharded_equals_unsharded(mesh: DeviceMesh, tied: bool) -> None:
     sharded.load_state_dict(plain.state_dict())
     shard(sharded, mesh, reshard_after_forward=True)
     ids = torch.randint(0, 96, (2, 32))
-    for step in range(2):
+    for _ in range(2):
         out, expected = sharded(ids, labels=ids), plain(ids, labels=ids)
         torch.testing.assert_close(out.loss, expected.loss)
         out.loss.backward()
@@ -62,7 +62,7 @@ def test_sharded_equals_unsharded(mesh: DeviceMesh, tied: bool) -> None:
         named = dict(plain.named_parameters())
         for name, p in sharded.named_parameters():
             assert p.grad is not None, name
-            torch.testing.assert_close(whole(p.grad), named[name].grad, msg=lambda m, n=name: f"step {step}, {n}: {m}")
+            torch.testing.assert_close(whole(p.grad), named[name].grad, msg=lambda m, n=name: f"{n}: {m}")
     torch.testing.assert_close(sharded(ids).logits, plain(ids).logits)
     sharded.eval()
     with torch.no_grad():
