@@ -47,18 +47,24 @@ def load(
     text = _read(FilePath(path))
     try:
         positions = find_positions(text, source)
-        if not positions.duplicates:
+        if positions.is_block and not positions.duplicates:
             document = OmegaConf.load(io.StringIO(text))
     except yaml.YAMLError as error:
         raise ConfigError(source, [_syntax_problem(error, source)]) from None
+    except OmegaConfBaseException as error:  # an interpolation that is not well-formed
+        where = _split(str(error.full_key or ""))
+        raise ConfigError(source, [Problem(positions.of(where), where, _interpolation_text(error))]) from None
+    except ValueError as error:
+        raise ConfigError(source, [Problem(Position(source), (), str(error))]) from None
     except RecursionError:
         text = "Nested too deeply, or an alias that holds itself."
         raise ConfigError(source, [Problem(Position(source), (), text)]) from None
     if positions.duplicates:
         raise ConfigError(source, [_twice(duplicate) for duplicate in positions.duplicates])
-    if not isinstance(document, DictConfig) or not _starts_as_block(text):
+    if not positions.is_block:
         text = "Expected a block of keys (lines of `key: value`)."
         raise ConfigError(source, [Problem(Position(source, 1), (), text)])
+    assert isinstance(document, DictConfig)
 
     problems = _apply(document, overrides, positions)
     data = _resolve(document, positions, problems)
@@ -95,11 +101,6 @@ def _read(path: FilePath) -> str:
 def _twice(key: Duplicate) -> Problem:
     text = f"Written twice in one block, first in line {key.first.line}; YAML would drop one silently. Keep one."
     return Problem(key.second, key.path, text)
-
-
-def _starts_as_block(text: str) -> bool:
-    root = yaml.compose(text, Loader=yaml.SafeLoader)
-    return root is None or isinstance(root, yaml.MappingNode)
 
 
 def _syntax_problem(error: yaml.YAMLError, source: str) -> Problem:

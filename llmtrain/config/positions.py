@@ -5,13 +5,11 @@ from dataclasses import dataclass, field
 
 import yaml
 
-from llmtrain.errors import UserError
-
 Path = tuple[str, ...]
 """Keys from the root of the document; list positions are written as their number."""
 
-MAX_NODES = 100_000
-"""More than any recipe has: a document that unfolds to more is an alias bomb, or recursive."""
+MAX_NODES = 10_000
+"""More than any recipe has, and OmegaConf's own limit: a document that unfolds to more is an alias bomb."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +42,8 @@ class Positions:
     source: str
     by_path: dict[Path, Position] = field(default_factory=dict)
     duplicates: list[Duplicate] = field(default_factory=list)
+    is_block: bool = True
+    """Whether the document is a block of keys (or empty)."""
 
     def of(self, path: Path) -> Position:
         """The position of `path`, or of the nearest block around it that was written."""
@@ -59,6 +59,10 @@ class Positions:
         for key in [known for known in self.by_path if known[: len(path)] == path]:
             self.by_path[key] = COMMAND_LINE
         self.by_path[path] = COMMAND_LINE
+        for end in range(1, len(path)):  # a block that the override made, where there was nothing or a plain value
+            block = path[:end]
+            if not any(len(known) > end and known[:end] == block for known in self.by_path if known != path):
+                self.by_path[block] = COMMAND_LINE
 
 
 def find_positions(text: str, source: str) -> Positions:
@@ -70,16 +74,15 @@ def find_positions(text: str, source: str) -> Positions:
 
     Raises:
         yaml.YAMLError: The text is not YAML; the error carries the line.
-        UserError: The document unfolds to more than `MAX_NODES` values.
+        ValueError: The document unfolds to more than `MAX_NODES` values.
     """
     positions = Positions(source)
     root = yaml.compose(text, Loader=yaml.SafeLoader)
     if root is not None:
+        positions.is_block = isinstance(root, yaml.MappingNode)
         for count, (path, line) in enumerate(_walk(root, (), positions)):
             if count > MAX_NODES:
-                raise UserError(
-                    f"{source}: unfolds to more than {MAX_NODES} values. Aliases (`*name`) multiply; use fewer."
-                )
+                raise ValueError(f"It unfolds to more than {MAX_NODES:,} values. Use fewer aliases (`*name`).")
             positions.by_path.setdefault(path, Position(source, line))
     return positions
 

@@ -33,8 +33,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 def spread_length(data: dict[str, Any]) -> dict[str, Any]:
     """Copy the top-level `max_seq_len` to the model, the tokenizer and the loaders that do not have their own."""
     length = data.get("max_seq_len")
-    if length is None:
-        return dict(data)
+    if not _counts(length):
+        length = 1  # validation will refuse the knob itself; that it reached no other key needs no mention
     data = copy.deepcopy(data)
     _default(data.get("model"), "max_seq_len", length)
     tokenizer = data.get("tokenizer")
@@ -47,6 +47,13 @@ def spread_length(data: dict[str, Any]) -> dict[str, Any]:
         if isinstance(loader, dict):
             _default(loader.get("dataset"), "max_seq_len", length)
     return data
+
+
+def _counts(value: Any) -> bool:
+    try:
+        return int(value) > 0
+    except (TypeError, ValueError):
+        return False
 
 
 def _default(block: Any, key: str, value: Any) -> None:

@@ -73,12 +73,20 @@ def test_inv_sqrt_stays_in_bounds_and_never_rises_after_the_warmup(
 @pytest.mark.parametrize(
     ("config", "max_duration", "problem"),
     [
-        ({"name": "cosine_with_warmup", "t_warmup": "10tok"}, "100ba", ("t_warmup", "must be in `ba` or `ep` or `dur`")),
+        (
+            {"name": "cosine_with_warmup", "t_warmup": "10tok"},
+            "100ba",
+            ("t_warmup", "must be in `ba` or `ep` or `dur`"),
+        ),
         ({"name": "cosine_with_warmup", "t_warmup": "10ba"}, "1000tok", ("t_warmup", "must be in `tok` or `dur`")),
         ({"name": "cosine_with_warmup", "t_warmup": "10sp"}, "2ep", ("t_warmup", "`ba` or `ep` or `dur`")),
         ({"name": "cosine_with_warmup", "t_warmup": "1ba", "t_max": "50ba"}, "100ba", ("t_max", "at least that")),
         ({"name": "cosine_with_warmup", "t_warmup": "1ba", "t_max": "0.5dur"}, "100ba", ("t_max", "whole run")),
-        ({"name": "inv_sqrt_with_warmup", "t_warmup": "1ba", "t_cooldown": "9tok"}, "100ba", ("t_cooldown", "in `ba` or `ep`.")),
+        (
+            {"name": "inv_sqrt_with_warmup", "t_warmup": "1ba", "t_cooldown": "9tok"},
+            "100ba",
+            ("t_cooldown", "in `ba` or `ep`."),
+        ),
     ],
 )
 def test_units_that_cannot_be_compared_are_named(config: dict, max_duration: str, problem: tuple[str, str]) -> None:
