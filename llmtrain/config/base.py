@@ -19,7 +19,8 @@ class Config(BaseModel):
     ADVICE: ClassVar[Mapping[str, str]] = {}
     """What to say about a key that does not exist here: key -> sentence.
 
-    On the root of a schema the keys are patterns over the whole dotted path (``*.alibi``), as `fnmatch` has them.
+    On the root of a schema the keys are `fnmatch` patterns over the whole dotted path (``*.alibi``), or over
+    a path and a value that is not one of the allowed ones (``model.name=gpt2``).
     """
 
 

@@ -171,10 +171,9 @@ def _unknown_key(path: Path, schema: type[BaseModel], data: Any) -> str:
     for model in models:
         if issubclass(model, Config) and key in model.ADVICE:
             return model.ADVICE[key]
-    if issubclass(schema, Config):
-        for pattern, advice in schema.ADVICE.items():
-            if fnmatch(dotted(path), pattern):
-                return advice
+    advice = _advice(schema, dotted(path))
+    if advice:
+        return advice
     known = [name for model in models for name in fields_of(model)]
     text = f"`{dotted(block)}` has no key `{key}`." if block else f"There is no key `{key}`."
     if "." in key:
@@ -192,6 +191,14 @@ def _unknown_key(path: Path, schema: type[BaseModel], data: Any) -> str:
     return f"{text} Known here: {', '.join(sorted(dict.fromkeys(known)))}."
 
 
+def _advice(schema: type[BaseModel], text: str) -> str:
+    if issubclass(schema, Config):
+        for pattern, advice in schema.ADVICE.items():
+            if fnmatch(text, pattern):
+                return advice
+    return ""
+
+
 def _choice(path: Path, schema: type[BaseModel], data: Any, given: Any) -> str:
     allowed = [str(choice) for choice in _choices(path, schema, data)]
     if isinstance(given, Mapping):  # pydantic blames the block; `path` ends in the key that chooses
@@ -199,12 +206,15 @@ def _choice(path: Path, schema: type[BaseModel], data: Any, given: Any) -> str:
         given = given.get(path[-1])
     else:
         required = ""
+    advice = _advice(schema, f"{dotted(path)}={given}")
+    if advice:
+        return advice
     choices = ", ".join(f"`{choice}`" for choice in allowed)
     text = (
         f"Expected {'one of ' if len(allowed) > 1 else ''}{choices}." if allowed else "Not one of the allowed values."
     )
     close = difflib.get_close_matches(str(given), allowed, n=1, cutoff=0.6)
-    if close:
+    if close and len(allowed) > 1:
         text += f" Did you mean `{close[0]}`?"
     return f"{required}{text} {_about(path, schema, data)}".strip()
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from llmtrain.config.base import Config, mistake
-from llmtrain.config.durations import Interval, RunLength
+from llmtrain.config.durations import Interval, RunLength, Span
 from llmtrain.data.config import TextLoaderConfig
 from llmtrain.model.config import MPTConfig
 from llmtrain.recipe.legacy import ADVICE, MICROBATCH_AUTO
@@ -143,8 +143,8 @@ class Recipe(Config):
     """On a resume, replay a loader that cannot resume by itself. Streaming's can."""
 
     # Evaluation
-    eval_interval: Interval = "1ep"
-    """How often evaluation runs; a plain number counts epochs."""
+    eval_interval: Span = "1ep"
+    """How often evaluation runs; a plain number counts epochs, 0 is never."""
     eval_first: bool = False
     """Evaluate before the first step, too."""
     eval_subset_num_batches: int = Field(default=-1, ge=-1)

@@ -186,7 +186,7 @@ class FSDPConfig(Config):
         lines = [
             f"fsdp_config.{key}: {_yaml(getattr(self, key))} has no effect. {reason}"
             for key, reason in _MEANINGLESS.items()
-            if getattr(self, key) != fields[key].default
+            if getattr(self, key) != fields[key].default and (key, getattr(self, key)) not in _AS_FSDP2_DOES
         ]
         buffers = isinstance(self.mixed_precision, PrecisionByUse) and self.mixed_precision.buffer_dtype
         if buffers:
@@ -194,8 +194,10 @@ class FSDPConfig(Config):
         return tuple(lines)
 
 
+_AS_FSDP2_DOES = (("activation_checkpointing_reentrant", False), ("backward_prefetch", "BACKWARD_PRE"))
+"""Not FSDP1's defaults, but what FSDP2 does anyway."""
+
 _MEANINGLESS = {
-    "activation_checkpointing_reentrant": "FSDP2 checkpoints without re-entrance, which computes the same.",
     "auto_wrap": "The blocks of the model are the units of sharding.",
     "backward_prefetch": "FSDP2 prefetches the next block by itself.",
     "backward_prefetch_limit": "FSDP2 prefetches the next block by itself.",
@@ -313,7 +315,9 @@ def translate(
 
 def _unsharded_checkpointing(cfg: FSDPConfig) -> tuple[str, ...]:
     key = "activation_checkpointing" if cfg.activation_checkpointing else "activation_cpu_offload"
-    return (f"fsdp_config.{key}: not applied: NO_SHARD shards nothing, and Composer applies it to sharded models only.",)
+    return (
+        f"fsdp_config.{key}: not applied: NO_SHARD shards nothing, and Composer applies it to sharded models only.",
+    )
 
 
 def _degrees(cfg: FSDPConfig, world_size: int, local_world_size: int) -> tuple[int, int]:

@@ -174,6 +174,9 @@ ALIBI = "the run would train without ALiBi"
         ({"dataset": {}}, "dataset", "train_loader.dataset"),
         ({"n_gpus": 8}, "n_gpus", "Remove it"),
         ({"eval_gauntlet": "x.yaml"}, "eval_gauntlet", "come later"),
+        ({"train_loader": {"name": "finetuning", "dataset": {"hf_name": "x"}}}, "train_loader.name", "comes later"),
+        ({"model": {"name": "hf_causal_lm", "pretrained": True}}, "model.name", "come later"),
+        ({"model": {"name": "mpt"}}, "model.name", "Expected `mpt_causal_lm`."),
         ({"batch_size": 8}, "batch_size", "`variables`"),
     ],
 )
