@@ -13,9 +13,10 @@ from time import sleep
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 from numpy.typing import NDArray
 from streaming import Stream, StreamingDataLoader, StreamingDataset
-from streaming.base.constant import TICK
+from streaming.base.constant import CACHE_FILELOCK, TICK
 from streaming.base.dataset import _Iterator, _ShardState
 from streaming.base.world import World
 
@@ -132,6 +133,11 @@ class GuardedDataset(StreamingDataset):  # type: ignore[misc]
         Raises:
             ShardError: It cannot be had.
         """
+        if CACHE_FILELOCK not in self.__dict__:
+            # Streaming looks for the lock under another name than it keeps it by, and so makes a new one in each call;
+            # a call that fails could then not give its own lock back. Made here, after the worker was forked.
+            self._cache_filelock = FileLock(self._cache_filelock_path)
+            setattr(self, CACHE_FILELOCK, self._cache_filelock)
         try:
             super().prepare_shard(shard_id, blocking)
         except Exception as first:
