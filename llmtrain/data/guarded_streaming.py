@@ -149,6 +149,17 @@ class GuardedDataset(StreamingDataset):  # type: ignore[misc]
             except Exception as second:
                 raise self._failed(shard_id, second) from second
 
+    def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
+        """Where a checkpoint stands.
+
+        Between two epochs Streaming's own state is "no sample of the epoch that is over", so that a resume would read
+        that epoch's order a second time; here it is "no sample of the next one".
+        """
+        state: dict[str, Any] = super().state_dict(num_samples, from_beginning)
+        if from_beginning and num_samples == 0:
+            state["epoch"], _ = self._resume(self._parallel_rank_world, self.next_epoch)
+        return state
+
     def load_state_dict(self, obj: dict[str, Any]) -> None:
         """Go on where a checkpoint stood. The seed and the canonical nodes are the checkpoint's from now on."""
         for key in ("shuffle_seed", "num_canonical_nodes"):

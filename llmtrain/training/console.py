@@ -8,6 +8,8 @@ from composer import Logger, State, Time, TimeUnit
 from composer.loggers import LoggerDestination
 from composer.utils import dist
 
+from llmtrain.training.loss_curve import TRAIN_LOSS
+
 
 class Console(LoggerDestination):  # type: ignore[misc]
     """Prints progress on rank 0.
@@ -65,8 +67,8 @@ class Console(LoggerDestination):  # type: ignore[misc]
         left = (now - self._started[0]) / done_here * (1 - share) if done_here > 0 else None
         self._since = (now, tokens)
         line = [f"train       step {step}", f"{share:4.0%}"]
-        if "loss/train/total" in self._metrics:
-            line.append(f"loss {self._metrics['loss/train/total']:.4f}")
+        if TRAIN_LOSS in self._metrics:
+            line.append(f"loss {self._metrics[TRAIN_LOSS]:.4f}")
         if state.schedulers:
             line.append(f"lr {state.schedulers[0].get_last_lr()[0]:.2e}")
         line.append(f"{_quantity(rate)} tokens/s")

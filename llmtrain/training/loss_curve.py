@@ -4,6 +4,9 @@ import json
 from pathlib import Path
 
 
+TRAIN_LOSS = "loss/train/total"
+
+
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """The objects of a metrics.jsonl; half a line at its end (a killed run) is passed over."""
     rows = []
@@ -32,7 +35,7 @@ def draw_loss_curve(metrics: Path, picture: Path) -> None:
     import matplotlib.pyplot as plt
 
     rows = read_metrics(metrics)
-    train = [(row["step"], row["loss/train/total"]) for row in rows if "loss/train/total" in row]
+    train = [(row["step"], row[TRAIN_LOSS]) for row in rows if TRAIN_LOSS in row]
     evals: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         for key, value in row.items():

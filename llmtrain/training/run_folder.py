@@ -8,7 +8,7 @@ from composer import Logger, State
 from composer.loggers import LoggerDestination
 from composer.utils import dist
 
-from llmtrain.training.loss_curve import draw_loss_curve, read_metrics
+from llmtrain.training.loss_curve import TRAIN_LOSS, draw_loss_curve, read_metrics
 
 
 class RunFolder:
@@ -79,16 +79,16 @@ class MetricsFile(LoggerDestination):  # type: ignore[misc]
         self._flush()
 
     def _rows_before(self, step: int) -> list[dict[str, Any]]:
-        """What a run that continues at `step` will not log again."""
-        rows: list[dict[str, Any]] = []
-        for row in read_metrics(self.folder.metrics):
-            if row["step"] < step:
-                rows.append(row)
-            elif row["step"] == step > 0:  # the evaluation came before the checkpoint, the training step after it
-                evaluation = {key: value for key, value in row.items() if key.startswith("metrics/")}
-                if evaluation:
-                    rows.append({"step": step, **evaluation})
-        return rows
+        """What a run that continues at `step` will not log again.
+
+        Rows are written at the end of a batch and of an evaluation, so at the checkpoint's own step those without a
+        training loss came before the checkpoint, and the one with a training loss after it.
+        """
+        return [
+            row
+            for row in read_metrics(self.folder.metrics)
+            if row["step"] < step or (row["step"] == step > 0 and TRAIN_LOSS not in row)
+        ]
 
     def _flush(self) -> None:
         if self._pending:

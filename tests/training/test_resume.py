@@ -1,9 +1,7 @@
 """What a user relies on: the same command again continues the run as if nothing had happened."""
 
-import os
 import shutil
 import signal
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,7 +9,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from llmtrain.testing.corpus import TinyCorpus
-from llmtrain.testing.launch import Finished, command, environment, launch
+from llmtrain.testing.launch import Finished, Run, launch
 from llmtrain.testing.recipe import tiny_recipe
 
 pytestmark = pytest.mark.slow
@@ -59,25 +57,11 @@ def whole(recipe: Path) -> Finished:
 
 
 def kill_at(recipe: Path, name: str, step: int, *, ranks: int = 2) -> None:
-    """Starts a run and kills launcher and ranks with SIGKILL when `step` is done."""
-    process = subprocess.Popen(
-        command(recipe, [f"run_name={name}"], ranks=ranks),
-        cwd=recipe.parent,
-        env=environment(),
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stderr is not None
-    seen = []
-    for line in process.stderr:
-        seen.append(line)
-        if f"step {step} " in line and line.startswith("train"):
-            os.killpg(process.pid, signal.SIGKILL)
-            break
-    process.wait()
-    assert process.returncode == -signal.SIGKILL, "".join(seen)
+    """Starts a run and kills all ranks with SIGKILL when `step` is done."""
+    run = Run(recipe, [f"run_name={name}"], ranks=ranks, cwd=recipe.parent)
+    run.wait_for(f"step {step} ")
+    run.send(signal.SIGKILL)
+    assert run.wait().codes == (-signal.SIGKILL,) * ranks
 
 
 def test_killed_and_restarted_run_is_the_same_bit_for_bit(recipe: Path, whole: Finished) -> None:
@@ -131,28 +115,17 @@ def test_checkpoints_without_autoresume_are_not_overwritten(recipe: Path, whole:
 
 
 def test_sigterm_finishes_the_step_saves_and_the_run_goes_on_from_there(recipe: Path, whole: Finished) -> None:
-    process = subprocess.Popen(
-        command(recipe, ["run_name=preempted"], ranks=2),
-        cwd=recipe.parent,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stderr is not None
-    lines = []
-    for line in process.stderr:
-        lines.append(line)
-        if line.startswith("train") and "step 2 " in line:
-            process.send_signal(signal.SIGTERM)
-    process.wait(timeout=60)
-    assert process.returncode != 0
+    run = Run(recipe, ["run_name=preempted"], ranks=2, cwd=recipe.parent)
+    run.wait_for("step 2 ")
+    run.send(signal.SIGTERM, ranks=[1])  # a node may be told before the others
+    ended = run.wait()
+    assert ended.codes == (143, 143), ended.output
+    lines = ended.output.splitlines()
     stopped = [line for line in lines if "SIGTERM: stopped after step" in line]
     assert len(stopped) == 1, "".join(lines)
     step = int(stopped[0].split("after step ")[1].split(";")[0])
     assert step < 12
-    run = whole.folder.with_name("preempted")
-    assert (run / f"checkpoints/ep0-ba{step}/manifest.json").exists()
+    assert (ended.folder / f"checkpoints/ep0-ba{step}/manifest.json").exists()
     again = launch(recipe, ["run_name=preempted"], ranks=2, cwd=recipe.parent)
     assert again.code == 0, again.output
     assert_same_run(whole, again)
