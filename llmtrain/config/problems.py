@@ -203,6 +203,9 @@ def _choice(path: Path, schema: type[BaseModel], data: Any, given: Any) -> str:
     allowed = [str(choice) for choice in _choices(path, schema, data)]
     if isinstance(given, Mapping):  # pydantic blames the block; `path` ends in the key that chooses
         required = "" if path[-1] in given else "This key is required. "
+        slips = difflib.get_close_matches(path[-1], map(str, given), n=1, cutoff=0.6) if required else []
+        if slips:
+            required = f"This key is required; `{slips[0]}` is not a key here. "
         given = given.get(path[-1])
     else:
         required = ""
@@ -214,6 +217,8 @@ def _choice(path: Path, schema: type[BaseModel], data: Any, given: Any) -> str:
         f"Expected {'one of ' if len(allowed) > 1 else ''}{choices}." if allowed else "Not one of the allowed values."
     )
     close = difflib.get_close_matches(str(given), allowed, n=1, cutoff=0.6)
+    if not close and isinstance(given, str) and len(given) > 2:
+        close = [choice for choice in allowed if given.lower() in choice.lower()]
     if close and len(allowed) > 1:
         text += f" Did you mean `{close[0]}`?"
     return f"{required}{text} {_about(path, schema, data)}".strip()

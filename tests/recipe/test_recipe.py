@@ -138,6 +138,8 @@ ALIBI = "the run would train without ALiBi"
         ({"global_train_batch_size": 0}, "global_train_batch_size", "greater than 0"),
         ({"global_train_batch_size": None}, "global_train_batch_size", "This key is required."),
         ({"optimizer": {"name": "adam", "lr": 1}}, "optimizer.name", "Did you mean `adamw`?"),
+        ({"optimizer": {"name": "lion"}}, "optimizer.name", "Did you mean `decoupled_lionw`?"),
+        ({"optimizer": {"nme": "adamw"}}, "optimizer.name", "`nme` is not a key here"),
         ({"optimizer": {"name": "adamw", "learning_rate": 1}}, "optimizer.learning_rate", "called `lr`"),
         ({"scheduler": {"name": "cosine", "t_warmup": 1}}, "scheduler.name", "`cosine_with_warmup`"),
         ({"scheduler": {"name": "cosine_with_warmup"}}, "scheduler.t_warmup", "This key is required."),
