@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmtrain.testing.ranks import preload
+
 
 @dataclass(frozen=True)
 class Finished:
@@ -63,7 +65,7 @@ class Run:
         self.folder = cwd / "runs" / name
         self.log = cwd / f"{name}-{time.monotonic_ns()}.log"
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["llmtrain.training.train", "llmtrain.recipe.load"])
+        preload()
         port = _free_port()
         arguments = [str(recipe), *overrides]
         self.processes = [

@@ -1,5 +1,6 @@
 """Several gloo ranks in one line."""
 
+import multiprocessing
 import os
 import tempfile
 import traceback
@@ -9,7 +10,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import start_processes
+
+
+def preload() -> None:
+    """Has the fork server import Composer and llmtrain once, which takes longer than most tests."""
+    modules = ["llmtrain.training.train", "llmtrain.recipe.load"]
+    multiprocessing.get_context("forkserver").set_forkserver_preload(modules)
 
 
 def run_ranks(function: Callable[..., Any], n_ranks: int, *args: Any) -> list[Any]:
@@ -20,11 +27,16 @@ def run_ranks(function: Callable[..., Any], n_ranks: int, *args: Any) -> list[An
         n_ranks: number of processes.
         args: sent to each of them.
 
+    The processes are forked from the server that `llmtrain.testing.launch` uses too.
+
     Raises:
         RuntimeError: with the traceback of the first rank that failed.
     """
+    preload()
     with tempfile.TemporaryDirectory(prefix="llmtrain-ranks-") as folder:
-        spawn(_enter, args=(function, n_ranks, folder, args), nprocs=n_ranks, join=True)  # type: ignore[no-untyped-call]
+        start_processes(  # type: ignore[no-untyped-call]
+            _enter, args=(function, n_ranks, folder, args), nprocs=n_ranks, join=True, start_method="forkserver"
+        )
         results = [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(n_ranks)]
     for rank, (error, _) in enumerate(results):
         if error is not None:
