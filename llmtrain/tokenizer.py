@@ -138,7 +138,7 @@ def _find_file(name: str, file: str, revision: str | None) -> Path | None:
     except LocalEntryNotFoundError as problem:  # a subclass of EntryNotFoundError: offline, and not in the cache
         raise UserError(
             f"{file} of tokenizer {name!r} is not in the local cache and the hub cannot be reached. "
-            f"Give a local folder, or download it first: huggingface-cli download {name}"
+            f"Give a local folder, or download it first where there is a network: hf download {name}"
         ) from problem
     except EntryNotFoundError:
         return None
