@@ -175,13 +175,17 @@ def _unknown_key(path: Path, schema: type[BaseModel], data: Any) -> str:
     if advice:
         return advice
     known = [name for model in models for name in fields_of(model)]
-    text = f"`{dotted(block)}` has no key `{key}`." if block else f"There is no key `{key}`."
+    chosen = [model.model_fields["name"].annotation for model in models if "name" in model.model_fields]
+    kind = get_args(chosen[0])[0] if len(chosen) == 1 and get_origin(chosen[0]) is Literal else None
+    owner = f"`{dotted(block)}` with `name: {kind}`" if kind else f"`{dotted(block)}`"
+    text = f"{owner} has no key `{key}`." if block else f"There is no key `{key}`."
     if "." in key:
         return f"{text} Write it nested: `{key.split('.')[0]}:` and the rest indented below it."
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.7)
     if close:
         return f"{text} Did you mean `{close[0]}`?"
-    places = places_of(schema, key)
+    # The key of a sibling (another optimizer's, say) has this very path: to point at it would help nobody.
+    places = [place for place in places_of(schema, key) if dotted(place) != dotted(path)]
     places.sort(key=lambda place: (place[0] != path[0], len(place)))
     if places and key not in ("name", "kwargs"):
         where = " or ".join(f"`{dotted(place)}`" for place in places[:3])

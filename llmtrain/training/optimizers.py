@@ -121,6 +121,8 @@ class DecoupledLionWConfig(_Optimizer):
     """Interpolation for the update, and decay rate of the momentum."""
     weight_decay: Rate = 0.0
     """Part of each weight taken away at each step at peak learning rate."""
+    eps: None = None
+    """Lion has none. Null is accepted, so that overrides alone can turn an AdamW block into this one."""
 
 
 OptimizerConfig = Annotated[DecoupledAdamWConfig | AdamWConfig | DecoupledLionWConfig, Field(discriminator="name")]
@@ -139,6 +141,8 @@ def build_optimizer(cfg: OptimizerConfig, model: "nn.Module") -> "Optimizer":
     """
     groups = parameter_groups(cfg, model)
     settings = cfg.model_dump(exclude={"name", "param_groups", "disable_grad"})
+    if isinstance(cfg, DecoupledLionWConfig):
+        del settings["eps"]
     if isinstance(cfg, DecoupledAdamWConfig):
         from composer.optim import DecoupledAdamW
 
