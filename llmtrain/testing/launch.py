@@ -118,9 +118,7 @@ class Run:
         return Finished(codes, self.output(), self.folder)
 
 
-def launch(
-    recipe: Path, overrides: Sequence[str] = (), *, ranks: int = 1, cwd: Path, timeout: float = 300
-) -> Finished:
+def launch(recipe: Path, overrides: Sequence[str] = (), *, ranks: int = 1, cwd: Path, timeout: float = 300) -> Finished:
     """Trains `recipe` with `ranks` processes in the working directory `cwd`, and waits for the end.
 
     Raises:

@@ -20,8 +20,8 @@ class CheckpointSaver(Callback):  # type: ignore[misc]
     """Saves to `FOLDER/.saving/epE-baB`, adds a manifest with sizes and hashes, then renames to `FOLDER/epE-baB`.
 
     Composer's own saver writes in place, replaces its `latest` link in two steps, keeps no hashes and forgets at a
-    resume which older checkpoints it should delete. Here `latest` is replaced by one rename, and retention looks at the disk.
-    The serialisation itself is Composer's.
+    resume which older checkpoints it should delete. Here `latest` is replaced by one rename, and retention looks at
+    the disk. The serialisation itself is Composer's.
 
     Args:
         folder: where checkpoints go; the same on all ranks.

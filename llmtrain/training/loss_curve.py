@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-
 TRAIN_LOSS = "loss/train/total"
 
 

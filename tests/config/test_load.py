@@ -141,7 +141,7 @@ def test_all_mistakes_at_once_in_the_order_of_the_file(write) -> None:
     ("text", "place", "message"),
     [
         ("model: {width: 2, widht: 3}", "1 model.widht", "`model` has no key `widht`. Did you mean `width`?"),
-        (MODEL + "momentum: 3", "2 momentum", "There is no key `momentum`. `optimizer` with `name: adam` has no key `momentum`. Known here: betas, lr, name.."),
+        (MODEL + "momentum: 3", "2 momentum", "There is no key `momentum`. It belongs in `optimizer.momentum`."),
         (MODEL + "scale: 3", "2 scale", "It belongs in `model.attention.scale` or `switches.left.scale`."),
         (MODEL + "quux: 3", "2 quux", "go under `variables`. Known here: items, model,"),
         (MODEL + "model.width: 3", "2 model.width", "Write it nested: `model:`"),
@@ -170,7 +170,11 @@ def test_all_mistakes_at_once_in_the_order_of_the_file(write) -> None:
             "2 optimizer.momentum",
             "`optimizer` with `name: adam` has no key `momentum`. Known here: betas, lr, name.",
         ),
-        (MODEL + "optimizer: {name: lion, betas: [1, 2]}", "2 optimizer.betas", "`optimizer` has no key `betas`."),
+        (
+            MODEL + "optimizer: {name: lion, betas: [1, 2]}",
+            "2 optimizer.betas",
+            "`optimizer` with `name: lion` has no key `betas`.",
+        ),
         (MODEL + "optimizer: {name: adam, lr: 1, betas: [1]}", "2 optimizer.betas.1", "too few items"),
         (MODEL + "items:\n- label: a\n- size: 3", "4 items.1.label", "This key is required."),
         (MODEL + "items: {size: 3}", "2 items.label", "This key is required."),
