@@ -11,6 +11,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import start_processes
+from torch.torch_version import TorchVersion
+
+GLOO_AVERAGES_GRADIENTS = TorchVersion(torch.__version__) >= "2.11"
+"""Whether FSDP2 computes the right gradient on several gloo ranks; before, it summed where it should average."""
 
 
 def preload() -> None:

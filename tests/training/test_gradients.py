@@ -10,7 +10,7 @@ from llmtrain.model.config import AttentionConfig, MPTConfig
 from llmtrain.model.mpt import MPT
 from llmtrain.testing.corpus import TinyCorpus
 from llmtrain.testing.launch import launch
-from llmtrain.testing.ranks import run_ranks
+from llmtrain.testing.ranks import GLOO_AVERAGES_GRADIENTS, run_ranks
 from llmtrain.testing.recipe import tiny_recipe
 
 CONFIG = MPTConfig(
@@ -44,6 +44,7 @@ def gradients_of_my_half() -> dict[str, Tensor]:
     return {name: p.grad.full_tensor() for name, p in model.named_parameters()}  # type: ignore[union-attr]
 
 
+@pytest.mark.gloo_training
 def test_two_sharded_ranks_have_the_gradient_of_one() -> None:
     torch.manual_seed(0)
     model = MPT(CONFIG)
@@ -71,22 +72,25 @@ def self_check_with_summed_gradients() -> str:
     def summing(*args: object, **kwargs: object) -> tuple[object, ...]:
         return None, None, dist.ReduceOp.SUM, dist.ReduceOp.SUM
 
-    _fsdp_collectives._get_gradient_divide_factors = summing  # type: ignore[assignment]
+    if GLOO_AVERAGES_GRADIENTS:
+        _fsdp_collectives._get_gradient_divide_factors = summing  # type: ignore[assignment]
     return self_check()
 
 
+@pytest.mark.gloo_training
 def test_self_check_passes_where_gradients_are_averaged() -> None:
     assert run_ranks(self_check, 2) == ["right", "right"]
 
 
 def test_self_check_refuses_summed_gradients() -> None:
-    """What torch 2.7 does over gloo."""
+    """What torch 2.7 does over gloo by itself."""
     for message in run_ranks(self_check_with_summed_gradients, 2):
         assert "instead of the mean 1.5" in message
         assert "torch >= 2.11" in message
 
 
 @pytest.mark.slow
+@pytest.mark.gloo_training
 def test_micro_batch_size_does_not_change_the_losses(
     corpus: TinyCorpus, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -1,5 +1,6 @@
 import inspect
 import sqlite3
+import time
 from pathlib import Path
 
 import composer
@@ -84,6 +85,9 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_SILENT", "true")
     run(build(tmp_path, wandb={"project": "test", "tags": ["a"]}))
     (first,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    deadline = time.monotonic() + 30
+    while b"loss/train/total" not in first.read_bytes() and time.monotonic() < deadline:
+        time.sleep(0.05)  # `wandb.finish` returns before W&B's own process has written everything
     log = first.read_bytes()
     assert b"loss/train/total" in log
     assert b"some-run" in log

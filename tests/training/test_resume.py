@@ -12,7 +12,7 @@ from llmtrain.testing.corpus import TinyCorpus
 from llmtrain.testing.launch import Finished, Run, launch
 from llmtrain.testing.recipe import tiny_recipe
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.gloo_training]
 
 LOSS = "loss/train/total"
 
