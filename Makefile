@@ -21,6 +21,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 # Every step below knows by itself whether it is done, and says so in one line.
 train: setup
 	$(BIN)/llmtrain prep data_prep/tiny.yaml
+	@echo "train       starting $(RANKS) ranks; they import for half a minute"
 	$(BIN)/composer -n $(RANKS) train.py yamls/mpt-tiny.yaml
 	$(BIN)/llmtrain export runs/mpt-tiny runs/mpt-tiny/export
 	$(BIN)/llmtrain generate runs/mpt-tiny/export --prompt 'def __init__(self' --prompt 'The "with" statement' --prompt 'import os' --max-new-tokens 48

@@ -1,8 +1,8 @@
 """A real training run of several ranks, in a few seconds.
 
 Importing Composer takes longer than training a tiny model. So ranks are forked from a server process that has done the
-imports (the standard library's forkserver); apart from that they are what the launcher starts: processes of their own with
-the same environment variables. `launcher_command` gives the command line that a user would type.
+imports (the standard library's forkserver); apart from that they are what the launcher starts: processes of their own
+with the same environment variables. `launcher_command` gives the command line that a user would type.
 """
 
 import json

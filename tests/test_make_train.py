@@ -1,0 +1,145 @@
+"""`make train` as a newcomer meets it: everything real, from raw text to generated text. And killed half-way."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmtrain.testing.launch import Run, launch, launcher_environment, read_metric
+from llmtrain.testing.state import same_state
+
+pytestmark = [pytest.mark.slow, pytest.mark.gloo_training]
+
+PROMPT = "def __init__(self"
+
+
+def make(target: str, folder: Path) -> str:
+    """Runs a target of the Makefile with this Python's environment instead of a new one."""
+    done = subprocess.run(
+        ["make", "-o", "setup", target, f"VENV={Path(sys.executable).parent.parent}"],
+        cwd=folder,
+        env=launcher_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=1200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def checkout(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `make train` needs of the repository, with nothing made yet."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ("Makefile", "train.py", "yamls", "data_prep"):
+        source = repository / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def first(checkout: Path) -> str:
+    """The output of the first `make train`."""
+    return make("train", checkout)
+
+
+def test_validation_loss_falls_clearly_below_the_unigram_entropy(checkout: Path, first: str) -> None:
+    entropy = json.loads((checkout / "data/tiny/prep.json").read_text())["splits"]["val"]["unigram_entropy_nats"]
+    losses = read_metric(checkout / "runs/mpt-tiny", "metrics/eval/LanguageCrossEntropy")
+    assert min(losses) == 0  # before the first step, too
+    assert losses[max(losses)] < entropy - 1.0, f"{losses} against {entropy}"
+
+
+def test_it_shows_progress_rate_and_time_left(first: str) -> None:
+    lines = [line for line in first.splitlines() if line.startswith("train       step")]
+    assert len(lines) >= 40
+    assert all("loss" in line and "tokens/s" in line and "left" in line for line in lines)
+
+
+def test_it_leaves_the_run_folder(checkout: Path, first: str) -> None:
+    run = checkout / "runs/mpt-tiny"
+    assert {path.name for path in run.iterdir()} >= {"recipe.yaml", "metrics.jsonl", "loss.png", "checkpoints", "export"}
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (run / "checkpoints/latest").resolve().name == "ep0-ba400"
+
+
+def test_it_prints_text_that_continues_the_prompts(first: str) -> None:
+    assert PROMPT in first
+
+
+def test_the_export_opens_in_plain_transformers_and_writes_the_same_tokens(checkout: Path, first: str) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from llmtrain.checkpoint.resolve import locate
+    from llmtrain.generation.generate import generate
+    from llmtrain.generation.load import load
+    from llmtrain.generation.sampling import Sampling
+
+    run = checkout / "runs/mpt-tiny"
+    ours, tokenizer = load(locate(run), device="cpu", dtype="float32")
+    theirs = AutoModelForCausalLM.from_pretrained(run / "export", trust_remote_code=False).eval()
+    their_tokenizer = AutoTokenizer.from_pretrained(run / "export", trust_remote_code=False)
+    ids = tokenizer(PROMPT)["input_ids"]
+    assert their_tokenizer(PROMPT)["input_ids"] == ids
+    with torch.no_grad():
+        expected = theirs.generate(torch.tensor([ids]), max_new_tokens=32, do_sample=False, eos_token_id=None)
+    found = generate(ours, [ids], max_new_tokens=32, sampling=Sampling(temperature=0))
+    assert list(found[0]) == expected[0, len(ids) :].tolist()
+
+
+def test_nothing_that_is_done_is_done_again(checkout: Path, first: str) -> None:
+    files = [path for path in checkout.rglob("*") if path.is_file() and not path.is_symlink()]
+    before = {path: path.stat().st_mtime_ns for path in files}
+    again = make("train", checkout)
+    assert "mpt-tiny is complete at step 400" in again
+    assert "already" in again
+    assert {path: path.stat().st_mtime_ns for path in files} == before
+
+
+def test_killed_half_way_the_tiny_recipe_ends_with_the_same_weights(checkout: Path, first: str) -> None:
+    """The recipe of `make train` itself, shortened, on its real data."""
+    recipe = checkout / "yamls/mpt-tiny.yaml"
+    short = ["max_duration=24ba", "save_interval=6ba", "eval_interval=8ba", "console_log_interval=1ba"]
+    whole = launch(recipe, [*short, "run_name=whole"], ranks=2, cwd=checkout)
+    assert whole.code == 0, whole.output
+    killed = Run(recipe, [*short, "run_name=killed"], ranks=2, cwd=checkout)
+    killed.wait_for("step 14 ")
+    killed.send(signal.SIGKILL)
+    assert killed.wait().codes == (-signal.SIGKILL, -signal.SIGKILL)
+    again = launch(recipe, [*short, "run_name=killed"], ranks=2, cwd=checkout)
+    assert again.code == 0, again.output
+    assert "continues after step 12" in again.output
+    assert whole.metrics("loss/train/total") == again.metrics("loss/train/total")
+    name = "checkpoints/ep0-ba24"
+    assert same_state(whole.folder / name, again.folder / name) > 100
+
+
+def test_ctrl_c_stops_the_launcher_and_the_run_continues(checkout: Path, first: str) -> None:
+    """SIGTERM to the real launcher, as a scheduler sends it."""
+    from llmtrain.testing.launch import launcher_command
+
+    overrides = ["max_duration=30ba", "run_name=stopped", "console_log_interval=1ba", "eval_first=false"]
+    command = launcher_command(checkout / "yamls/mpt-tiny.yaml", overrides, ranks=2)
+    process = subprocess.Popen(
+        command, cwd=checkout, env=launcher_environment(), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
+    assert process.stderr is not None
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if line.startswith("train       step 2 "):
+            os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(timeout=120) == 143, "".join(lines)
+    stopped = [line for line in lines if "SIGTERM: stopped after step" in line]
+    assert len(stopped) == 1, "".join(lines)
+    again = launch(checkout / "yamls/mpt-tiny.yaml", overrides, ranks=2, cwd=checkout)
+    assert again.code == 0, again.output
+    assert "continues after step" in again.output
