@@ -35,12 +35,13 @@ test: setup
 
 $(VENV_PIP)/.ready: pyproject.toml
 	@test -x $(VENV_PIP)/bin/python || $(PYTHON) -m venv $(VENV_PIP)
-	$(VENV_PIP)/bin/python -m pip install --disable-pip-version-check . pytest hypothesis tensorboard 'mlflow<3'
+	$(VENV_PIP)/bin/python -m pip install --disable-pip-version-check '.[tensorboard,mlflow]' pytest hypothesis
 	@touch $@
 
+# `pytest`, not `python -m pytest`: what is installed is tested, not the checkout.
 test-pip: $(VENV_PIP)/.ready
 	$(VENV_PIP)/bin/python -m pip install -q --disable-pip-version-check --no-deps --force-reinstall .
-	$(VENV_PIP)/bin/python -m pytest -m 'not slow' $(TEST)
+	$(VENV_PIP)/bin/pytest -m 'not slow' $(TEST)
 
 lint: setup
 	$(BIN)/ruff check --fix .
