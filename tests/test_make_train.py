@@ -66,7 +66,13 @@ def test_it_shows_progress_rate_and_time_left(first: str) -> None:
 
 def test_it_leaves_the_run_folder(checkout: Path, first: str) -> None:
     run = checkout / "runs/mpt-tiny"
-    assert {path.name for path in run.iterdir()} >= {"recipe.yaml", "metrics.jsonl", "loss.png", "checkpoints", "export"}
+    assert {path.name for path in run.iterdir()} >= {
+        "recipe.yaml",
+        "metrics.jsonl",
+        "loss.png",
+        "checkpoints",
+        "export",
+    }
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert (run / "checkpoints/latest").resolve().name == "ep0-ba400"
 
@@ -119,7 +125,7 @@ def test_killed_half_way_the_tiny_recipe_ends_with_the_same_weights(checkout: Pa
     assert "continues after step 12" in again.output
     assert whole.metrics("loss/train/total") == again.metrics("loss/train/total")
     name = "checkpoints/ep0-ba24"
-    assert same_state(whole.folder / name, again.folder / name) > 100
+    assert same_state(whole.folder / name, again.folder / name) >= 20 * 4  # value, two moments, step count
 
 
 def test_ctrl_c_stops_the_launcher_and_the_run_continues(checkout: Path, first: str) -> None:

@@ -175,8 +175,8 @@ def _unknown_key(path: Path, schema: type[BaseModel], data: Any) -> str:
     if advice:
         return advice
     known = [name for model in models for name in fields_of(model)]
-    chosen = [model.model_fields["name"].annotation for model in models if "name" in model.model_fields]
-    kind = get_args(chosen[0])[0] if len(chosen) == 1 and get_origin(chosen[0]) is Literal else None
+    names: list[Any] = [model.model_fields["name"].annotation for model in models if "name" in model.model_fields]
+    kind = get_args(names[0])[0] if len(names) == 1 and get_origin(names[0]) is Literal else None
     owner = f"`{dotted(block)}` with `name: {kind}`" if kind else f"`{dotted(block)}`"
     text = f"{owner} has no key `{key}`." if block else f"There is no key `{key}`."
     if "." in key:

@@ -3,19 +3,21 @@
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
 
 
 def read_state(checkpoint: Path) -> dict[str, Tensor]:
     """Every tensor of a sharded checkpoint, weights and optimizer state, whole and on the CPU."""
-    reader = dcp.FileSystemReader(checkpoint)
+    reader = FileSystemReader(checkpoint)
     state = {
         key: torch.empty(entry.size, dtype=entry.properties.dtype)
         for key, entry in reader.read_metadata().state_dict_metadata.items()
-        if isinstance(entry, dcp.metadata.TensorStorageMetadata)
+        if isinstance(entry, TensorStorageMetadata)
     }
-    dcp.load(dict(state), storage_reader=reader, no_dist=True)
+    load(dict(state), storage_reader=reader, no_dist=True)
     return state
 
 

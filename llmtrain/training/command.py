@@ -21,6 +21,8 @@ def main(arguments: Sequence[str]) -> int:
     # Each rank must fail the same way, but only one has to say why.
     speaks = os.environ.get("RANK", "0") == "0"
     try:
+        if speaks:
+            print(f"start       {arguments[0]}: importing torch and Composer", file=sys.stderr, flush=True)
         from llmtrain.recipe.load import load_recipe
 
         recipe = load_recipe(arguments[0], arguments[1:])

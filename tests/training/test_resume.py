@@ -22,7 +22,7 @@ def assert_same_run(left: Finished, right: Finished, step: int = 12) -> None:
         assert left.metrics(key) == right.metrics(key), key
     assert list(left.metrics(LOSS)) == list(range(step))
     compared = same_state(*(run.folder / f"checkpoints/ep0-ba{step}" for run in (left, right)))
-    assert compared > 60  # 21 parameters, two moments and a step count each
+    assert compared >= 14 * 4  # parameters; for each its value, two moments and a step count
 
 
 @pytest.fixture(scope="module")
