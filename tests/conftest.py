@@ -1,6 +1,7 @@
 """Fixtures that several folders of tests share."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from llmtrain.testing.ranks import GLOO_AVERAGES_GRADIENTS
 torch.set_num_threads(1)
 
 REPOSITORY = Path(__file__).parent.parent
+sys.path.append(str(REPOSITORY))  # ranks import the tests that start them by name; last, so an installed llmtrain wins
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
