@@ -46,8 +46,8 @@ class TextCollator:
     """Stacks rows to a batch.
 
     The batch holds `input_ids` and `labels`, int64 (B, T): labels are the unshifted ids, all of them targets (EOS
-    too), the model shifts. `sequence_id`, int64 (B, T), where a boundary token is given; `sample_id`, int64 (B,), where
-    the rows have one.
+    too), the model shifts; those of a blank row are -100. `sequence_id`, int64 (B, T), where a boundary token is given;
+    `sample_id`, int64 (B,), where the rows have one.
     """
 
     def __init__(self, *, eos_token_id: int | None = None, bos_token_id: int | None = None) -> None:
@@ -55,9 +55,11 @@ class TextCollator:
         self.bos_token_id = bos_token_id
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Stack rows: `tokens`, integer arrays of one length; optionally `sample_id`."""
+        """Stack rows: `tokens`, integer arrays of one length; some with `sample_id`, or `blank` where none counts."""
         input_ids = torch.from_numpy(np.stack([row["tokens"] for row in rows]).astype(np.int64))
-        batch = {"input_ids": input_ids, "labels": input_ids.clone()}
+        labels = input_ids.clone()
+        labels[torch.tensor([bool(row.get("blank")) for row in rows])] = IGNORE
+        batch = {"input_ids": input_ids, "labels": labels}
         if self.eos_token_id is not None:
             batch["sequence_id"] = sequence_ids(input_ids, self.eos_token_id, "eos")
         elif self.bos_token_id is not None:

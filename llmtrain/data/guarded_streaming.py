@@ -8,6 +8,7 @@ names it, and its cached copy is deleted.
 
 import logging
 from collections.abc import Callable, Iterator
+from math import ceil
 from pathlib import Path
 from time import sleep
 from typing import Any
@@ -153,8 +154,11 @@ class GuardedDataset(StreamingDataset):  # type: ignore[misc]
         """Where a checkpoint stands.
 
         Between two epochs Streaming's own state is "no sample of the epoch that is over", so that a resume would read
-        that epoch's order a second time; here it is "no sample of the next one".
+        that epoch's order a second time; here it is "no sample of the next one". And Composer, who counts from the
+        beginning, counts the samples of all ranks, also where several get the same ones.
         """
+        if from_beginning:
+            num_samples //= self.replication or 1
         state: dict[str, Any] = super().state_dict(num_samples, from_beginning)
         if from_beginning and num_samples == 0:
             state["epoch"], _ = self._resume(self._parallel_rank_world, self.next_epoch)
@@ -251,16 +255,35 @@ class GuardedDataset(StreamingDataset):  # type: ignore[misc]
 
 
 class GuardedLoader(StreamingDataLoader):  # type: ignore[misc]
-    """A StreamingDataLoader whose workers' errors are as short as those of the process itself."""
+    """A StreamingDataLoader whose workers' errors are as short as those of the process itself.
+
+    Args:
+        args: of torch's DataLoader.
+        epoch_batches: Batches of an epoch, at most; -1 as many as `len` says, None all that come. Those before a resume
+            count: Composer cuts each iteration to that length, but one that resumes has only the rest to give.
+        kwargs: of torch's DataLoader.
+    """
+
+    def __init__(self, *args: Any, epoch_batches: int | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.epoch_batches = epoch_batches
 
     def __iter__(self) -> Iterator[Any]:
-        """The batches of the next epoch.
+        """The batches of the next epoch, or those that a resumed epoch has left.
 
         Raises:
             ShardError: As the dataset says, or no batch came within `timeout` seconds.
         """
+        left = self._batches_left()
         try:
-            yield from super().__iter__()
+            for batch in super().__iter__():
+                if left is not None:
+                    if left <= 0:  # the iteration had to begin nevertheless: that is what ends the resumed epoch
+                        return
+                    left -= 1
+                yield batch
+                if left == 0:
+                    return
         except UserError as problem:
             self._stop_workers()
             kind = type(problem)
@@ -274,6 +297,17 @@ class GuardedLoader(StreamingDataLoader):  # type: ignore[misc]
                 f"no batch from the loader's workers within {self.timeout:.0f} s: the storage hangs, or reading takes "
                 "longer than that (timeout in the loader's block)"
             ) from problem
+
+    def _batches_left(self) -> int | None:
+        """How many batches the epoch that begins now may give; None for no limit."""
+        if self.epoch_batches is None:
+            return None
+        most = len(self) if self.epoch_batches < 0 else min(self.epoch_batches, len(self))
+        data: GuardedDataset = self.dataset
+        world = data._parallel_rank_world
+        _, samples = data._resume(world, data.next_epoch)
+        done: int = ceil(samples / (self.batch_size * world.num_ranks))
+        return most - done
 
     def _stop_workers(self) -> None:
         """Stop persistent workers now: left to the garbage collector, they would keep a failing run for seconds."""

@@ -10,8 +10,10 @@ from numpy.typing import NDArray
 
 from llmtrain.data.batch import TextCollator
 from llmtrain.data.config import StreamConfig, TextDatasetConfig, TextLoaderConfig
+from llmtrain.data.evaluation import EveryRowOnce
 from llmtrain.data.guarded_streaming import GuardedDataset, GuardedLoader, GuardedStream
 from llmtrain.data.shards import prepared_with, require_index
+from llmtrain.data.shared_names import one_dataset_at_a_time
 from llmtrain.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -101,6 +103,15 @@ class TextDataset(GuardedDataset):
         return f"{self._name(shard_id)}, row {row}"
 
 
+class TextEvaluationDataset(EveryRowOnce, TextDataset):
+    """Rows for an evaluation: each exactly once over all ranks."""
+
+    def blank_row(self) -> dict[str, Any]:
+        """A row of token 0 whose labels the collator makes -100; its `sample_id` is -1."""
+        row = {"tokens": np.zeros(self.max_seq_len, np.int64), "blank": True}
+        return {**row, "sample_id": -1} if self._with_ids else row
+
+
 def canonical_nodes(rows: int, shuffle: bool) -> int:
     """Into how many parts rows are cut when the recipe does not say: depends on the data alone, not on the machines.
 
@@ -120,8 +131,10 @@ def build_text_loader(
     tokenizer_fingerprint: str,
     vocab_size: int,
     device_batch_size: int,
+    evaluation: bool = False,
+    epoch_batches: int | None = None,
 ) -> GuardedLoader:
-    """Open the shards, check that they fit the run, and make the loader.
+    """Open the shards, check that they fit the run, and make the loader. All ranks call it together.
 
     Args:
         cfg: The loader's block of the recipe.
@@ -129,6 +142,8 @@ def build_text_loader(
         tokenizer_fingerprint: `llmtrain.tokenizer.fingerprint` of the run's tokenizer.
         vocab_size: Of the model (at least the tokenizer's).
         device_batch_size: Rows in a batch of one device.
+        evaluation: Give all ranks together each row exactly once, see `EveryRowOnce`.
+        epoch_batches: Limit of an epoch, see `GuardedLoader`.
 
     Returns:
         A loader of dicts as `TextCollator` makes them. Its state (`state_dict`, `load_state_dict`) is Streaming's.
@@ -147,8 +162,10 @@ def build_text_loader(
             require_index(Path(stream.remote) / split, key + "remote")
         if name and stream.local is None and stream.remote is not None:
             log.info("stream %r has no local: its shards are cached in the temporary folder", name)
+    kind = TextEvaluationDataset if evaluation else TextDataset
     try:
-        dataset = TextDataset(data, vocab_size=vocab_size, batch_size=device_batch_size)
+        with one_dataset_at_a_time():
+            dataset = kind(data, vocab_size=vocab_size, batch_size=device_batch_size)
     except ValueError as problem:  # Streaming's own checks of its arguments
         raise UserError(f"dataset: {problem}") from problem
     for stream in dataset.streams:
@@ -165,6 +182,7 @@ def build_text_loader(
         prefetch_factor=cfg.prefetch_factor if workers else None,
         persistent_workers=cfg.persistent_workers and workers > 0,
         timeout=cfg.timeout if workers else 0,
+        epoch_batches=epoch_batches,
     )
 
 
@@ -209,7 +227,7 @@ def _check_origin(stream: GuardedStream, cfg: TextDatasetConfig, tokenizer_finge
 def _check_amounts(dataset: TextDataset, cfg: TextLoaderConfig, device_batch_size: int) -> None:
     nodes = dataset._parallel_rank_world.num_nodes
     canonical = dataset.num_canonical_nodes
-    if canonical % nodes and nodes % canonical:
+    if canonical % nodes and nodes % canonical and not isinstance(dataset, EveryRowOnce):
         raise UserError(
             f"dataset.num_canonical_nodes: {canonical} is no multiple or divisor of the run's {nodes} nodes. "
             f"Set it to a multiple of {nodes}, and keep it when the number of nodes changes"

@@ -12,10 +12,10 @@ def corpus(tmp_path_factory) -> TinyCorpus:
 
 @pytest.fixture
 def loader(corpus):
-    """Make a loader over the tiny corpus; further keyword arguments are keys of the dataset's block."""
+    """Make a loader over the tiny corpus; `build` goes to build_text_loader, the rest is the dataset's block."""
     made = []
 
-    def make(batch_size=8, workers=0, fingerprint=None, vocab_size=None, drop_last=False, eos=0, **dataset):
+    def make(batch_size=8, workers=0, fingerprint=None, vocab_size=None, drop_last=False, eos=0, build=None, **dataset):
         if "streams" not in dataset and "remote" not in dataset:
             dataset.setdefault("local", str(corpus.train))
         cfg = TextLoaderConfig.model_validate(
@@ -33,6 +33,7 @@ def loader(corpus):
                 tokenizer_fingerprint=fingerprint or corpus.tokenizer_fingerprint,
                 vocab_size=vocab_size or corpus.vocab_size,
                 device_batch_size=batch_size,
+                **(build or {}),
             )
         )
         return made[-1]

@@ -42,6 +42,40 @@ def test_resume_in_the_middle_of_an_epoch(loader, workers, stop):
     assert sorted(i for batch in seen + rest for i in batch) == sorted(flat)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("stop", [1, 3, 4])
+def test_an_epoch_cut_short_is_no_longer_after_a_resume(loader, workers, stop):
+    """Composer asks a resumed loader for a whole epoch of batches again."""
+    settings = {"shuffle": True, "workers": workers, "build": {"epoch_batches": 4}}
+    whole = loader(**settings)
+    epochs = [ids_of(whole) for _ in range(3)]
+    assert [len(epoch) for epoch in epochs] == [4, 4, 4]
+    del whole
+
+    interrupted = loader(**settings)
+    assert ids_of(interrupted) == epochs[0]
+    batches = iter(interrupted)
+    assert ids_of(next(batches) for _ in range(stop)) == epochs[1][:stop]
+    state = json.loads(json.dumps(interrupted.dataset.state_dict(8 * stop, True)))
+    del batches, interrupted
+
+    resumed = loader(**settings)
+    resumed.load_state_dict(state)
+    assert ids_of(resumed) == epochs[1][stop:]  # none, when the epoch was over
+    assert ids_of(resumed) == epochs[2]
+
+
+def test_an_epoch_is_as_long_as_the_loader_says_after_a_resume(loader):
+    """Rows that make the canonical nodes equal come on top of `len`, where Composer stops."""
+    settings = {"num_canonical_nodes": 60, "batch_size": 1, "build": {"epoch_batches": -1}}
+    whole = loader(**settings)
+    assert len(list(loader(num_canonical_nodes=60, batch_size=1))) > len(whole)
+    assert len(list(whole)) == len(whole)
+    resumed = loader(**settings)
+    resumed.load_state_dict(whole.dataset.state_dict(5, True) | {"epoch": 0})
+    assert len(list(resumed)) == len(whole) - 5
+
+
 def test_seed_of_the_checkpoint_holds_and_is_told(loader, caplog):
     a = loader(shuffle=True, shuffle_seed=1)
     expected = ids_of(a)
