@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmtrain.testing.ranks import preload
+from llmtrain.testing.ranks import as_if_launched, preload
 
 
 @dataclass(frozen=True)
@@ -147,6 +147,7 @@ def _rank(rank: int, ranks: int, port: int, cwd: str, log: str, arguments: list[
     sys.stdout = os.fdopen(1, "w", buffering=1)
     sys.stderr = os.fdopen(2, "w", buffering=1)
     os.chdir(cwd)
+    as_if_launched()
     os.environ.update(
         RANK=str(rank),
         WORLD_SIZE=str(ranks),

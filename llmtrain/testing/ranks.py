@@ -23,6 +23,14 @@ def preload() -> None:
     multiprocessing.get_context("forkserver").set_forkserver_preload(modules)
 
 
+def as_if_launched() -> None:
+    """Called in a rank: processes that it starts in turn (a DataLoader's workers) are forked, as with the launcher.
+
+    The start method is inherited, and each worker would come from a fork server of its own, imports and all.
+    """
+    multiprocessing.set_start_method("fork", force=True)
+
+
 def run_ranks(function: Callable[..., Any], n_ranks: int, *args: Any) -> list[Any]:
     """Calls `function(*args)` on `n_ranks` new processes joined by gloo, and returns what each rank returned.
 
@@ -50,6 +58,7 @@ def run_ranks(function: Callable[..., Any], n_ranks: int, *args: Any) -> list[An
 
 def _enter(rank: int, function: Callable[..., Any], n_ranks: int, folder: str, args: tuple[Any, ...]) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(n_ranks), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(n_ranks))
+    as_if_launched()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=n_ranks)
     error, value = None, None

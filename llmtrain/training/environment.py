@@ -1,6 +1,5 @@
 """Before the model exists: the process group, seeds, threads, temporary files, and what is said about them."""
 
-import atexit
 import ctypes
 import logging
 import os
@@ -9,6 +8,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterable
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,8 @@ def own_temporary_folder() -> None:
     folder = folders[dist.get_global_rank() - dist.get_local_rank()]
     os.environ["TMPDIR"] = tempfile.tempdir = folder
     if mine is not None:
-        atexit.register(shutil.rmtree, mine, ignore_errors=True)
+        # Also where a process that multiprocessing started ends, which skips atexit; last, after workers were joined.
+        Finalize(None, shutil.rmtree, args=(mine,), kwargs={"ignore_errors": True}, exitpriority=-1000)
 
 
 def run_code_paths(recipe: Recipe) -> None:
@@ -145,11 +146,7 @@ def hyperparameters(recipe: Recipe) -> dict[str, Any]:
     """What loggers are told of the recipe; `metadata` at the top level unless `flatten_metadata` is off."""
     values = recipe.model_dump(mode="json")
     metadata = values.pop("metadata") or {}
-    if not recipe.flatten_metadata:
-        return {**values, "metadata": metadata}
-    if clash := sorted(metadata.keys() & values.keys()):
-        raise UserError(f"metadata: {', '.join(clash)} are recipe keys; rename them, or set flatten_metadata: false")
-    return {**values, **metadata}
+    return {**values, **metadata} if recipe.flatten_metadata else {**values, "metadata": metadata}
 
 
 def notes(recipe: Recipe) -> list[str]:
