@@ -1,4 +1,4 @@
-"""Reading pickles without running them: the metadata of sharded checkpoints, and full ``.pt`` checkpoints.
+"""Reading pickles without running them: metadata and objects of sharded checkpoints, and full ``.pt`` checkpoints.
 
 A pickle is a program. ``torch.distributed.checkpoint`` loads ``.metadata`` with a bare ``pickle.load`` and Composer
 loads full checkpoints with ``weights_only=False``; both run whatever the file says (shown by experiment). Here only
@@ -8,6 +8,7 @@ the classes that such files really consist of are known; any other name ends the
 import contextlib
 import datetime
 import enum
+import io
 import pathlib
 import pickle
 from collections import OrderedDict
@@ -33,7 +34,8 @@ def read_metadata(folder: Path) -> dcp.Metadata:
     """Read ``.metadata`` of a torch.distributed.checkpoint folder, allowing nothing but metadata in it.
 
     Raises:
-        UserError: it is missing, damaged, or names a global that metadata does not need (the global is named).
+        UserError: it is missing, damaged, or names a global that metadata does not need (the global is named), or it
+            says that data lies outside the folder (Composer would download a remote checkpoint's file to there).
     """
     path = folder / ".metadata"
     try:
@@ -49,6 +51,13 @@ def read_metadata(folder: Path) -> dcp.Metadata:
         ) from None
     if not isinstance(content, dcp.Metadata):
         raise UserError(f"{path}: holds a {type(content).__name__} instead of checkpoint metadata.")
+    try:
+        names = {pathlib.PurePosixPath(info.relative_path) for info in (content.storage_data or {}).values()}
+    except (AttributeError, TypeError):
+        raise UserError(f"{path}: does not say where its data lies: damaged, or not of torch.") from None
+    for name in names:
+        if name.is_absolute() or ".." in name.parts:
+            raise UserError(f"{path}: points outside the checkpoint ({name}); refused.")
     return content
 
 
@@ -72,7 +81,7 @@ def load_full(path: Path) -> Any:
         except FileNotFoundError:
             raise UserError(f"{path}: no such file.") from None
         except pickle.UnpicklingError as error:
-            raise UserError(_refusal(path, error)) from None
+            raise UserError(_refusal(str(path), str(path), error)) from None
         except Exception as error:  # a damaged archive can raise nearly anything
             first_line = str(error).strip().splitlines()[0] if str(error).strip() else ""
             raise UserError(
@@ -80,15 +89,36 @@ def load_full(path: Path) -> Any:
             ) from None
 
 
-def _refusal(path: Path, error: Exception) -> str:
+def load_object(content: io.BytesIO, name: str) -> Any:
+    """``torch.load`` of one object of a sharded checkpoint with ``weights_only`` and the list of :func:`load_full`.
+
+    Args:
+        content: what ``torch.save`` wrote.
+        name: what messages call it.
+
+    Raises:
+        UserError: it is damaged, or names a global outside the list (the global is named).
+    """
+    with torch.serialization.safe_globals(_full_checkpoint_globals()):
+        try:
+            return torch.load(content, weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise UserError(_refusal(name, content, error)) from None
+        except Exception as error:
+            raise UserError(f"{name}: cannot be read: damaged ({type(error).__name__}: {error})") from None
+
+
+def _refusal(name: str, file: str | io.BytesIO, error: Exception) -> str:
     unsafe: list[str] = []
     with contextlib.suppress(Exception):
-        unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+        if isinstance(file, io.BytesIO):
+            file.seek(0)
+        unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(file)
     if unsafe:
-        return f"{path}: refused, it names `{'`, `'.join(sorted(set(unsafe)))}`. {_HOW_TO}"
+        return f"{name}: refused, it names `{'`, `'.join(sorted(set(unsafe)))}`. {_HOW_TO}"
     text = " ".join(str(error).split())
     marker = text.find("Unsupported")
-    return f"{path}: refused: {text[marker if marker >= 0 else 0 :][:200]}. {_HOW_TO}"
+    return f"{name}: refused: {text[marker if marker >= 0 else 0 :][:200]}. {_HOW_TO}"
 
 
 def _full_checkpoint_globals() -> list[Any]:

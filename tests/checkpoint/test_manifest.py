@@ -107,6 +107,23 @@ class TestComposersHook:
         flip(folder / "__1_0.distcp", 77)
         assert not validation.validate(folder / "__1_0.distcp", [(0, 10)])
 
+    def test_links_are_followed_to_the_manifest(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        """Composer links full checkpoints into a temporary folder; a store of files by hash lies behind others."""
+        folder = make(tmp_path / "ep0-ba3")
+        (tmp_path / "blobs").mkdir()
+        blob = (folder / "__1_0.distcp").rename(tmp_path / "blobs/1234")
+        (folder / "__1_0.distcp").symlink_to("../blobs/1234")
+        for name in ("__0_0.distcp", "__1_0.distcp"):
+            link = tmp_path / f"link-to-{name}"
+            link.symlink_to(folder / name)
+            assert validation.validate(link)
+        assert "unverified" not in caplog.text
+        flip(blob, 77)
+        assert validation.validate(tmp_path / "link-to-__0_0.distcp")
+        assert not validation.validate(tmp_path / "link-to-__1_0.distcp")
+        with pytest.raises(UserError, match=r"__1_0\.distcp: hash differs"):
+            validation.require(tmp_path / "link-to-__1_0.distcp")
+
     def test_a_file_is_hashed_once_a_process(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         folder = make(tmp_path / "ep0-ba3")
         hashed = []
