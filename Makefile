@@ -38,10 +38,10 @@ $(VENV_PIP)/.ready: pyproject.toml
 	$(VENV_PIP)/bin/python -m pip install --disable-pip-version-check '.[tensorboard,mlflow]' pytest hypothesis
 	@touch $@
 
-# `pytest`, not `python -m pytest`: what is installed is tested, not the checkout.
+# PYTHONSAFEPATH: what is installed is tested, not the checkout that stands in the working directory.
 test-pip: $(VENV_PIP)/.ready
 	$(VENV_PIP)/bin/python -m pip install -q --disable-pip-version-check --no-deps --force-reinstall .
-	$(VENV_PIP)/bin/pytest -m 'not slow' $(TEST)
+	PYTHONSAFEPATH=1 $(VENV_PIP)/bin/pytest -m 'not slow' $(TEST)
 
 lint: setup
 	$(BIN)/ruff check --fix .

@@ -236,7 +236,7 @@ def test_tensors_split_over_ranks_are_put_together(tmp_path: Path) -> None:
     """Real DTensors of two gloo ranks, one dimension not divisible by two."""
     script = textwrap.dedent(
         """
-        import sys, torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
+        import os, sys, torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.tensor import Shard, distribute_tensor
         rank = int(sys.argv[1])
@@ -245,7 +245,7 @@ def test_tensors_split_over_ranks_are_put_together(tmp_path: Path) -> None:
         rows = distribute_tensor(torch.arange(35.0).view(7, 5), mesh, [Shard(0)])
         columns = distribute_tensor(torch.arange(12.0).view(3, 4), mesh, [Shard(1)])
         dcp.save({"rows": rows, "columns": columns, "plain": torch.ones(2)}, checkpoint_id=sys.argv[2] + "/dcp")
-        dist.destroy_process_group()
+        os._exit(0)  # torch 2.7 now and then hangs when it takes gloo down
         """
     )
     ranks = [subprocess.Popen([sys.executable, "-c", script, str(rank), str(tmp_path)]) for rank in range(2)]

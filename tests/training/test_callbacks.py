@@ -157,6 +157,7 @@ def _sharded_norms() -> dict[str, dict[str, float]]:
 
 
 @pytest.mark.slow
+@pytest.mark.gloo_training
 def test_norms_under_sharding_are_those_of_one_process() -> None:
     _, single = expected_norms("decoupled_adamw")
     for ranks in run_ranks(_sharded_norms, 2):
