@@ -7,3 +7,6 @@ class UserError(Exception):
     The message names the file, the key or the row, the value, and what to do. Entry points print it without a
     traceback and exit with code 2.
     """
+
+    rank: int | None = None
+    """The rank it happened on, once training runs: other ranks may know nothing of it. None: the same everywhere."""

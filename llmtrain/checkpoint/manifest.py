@@ -53,6 +53,8 @@ class Manifest(BaseModel):
     recipe: dict[str, Any]
     """The resolved recipe that the run had."""
     tokenizer_fingerprint: str | None = None
+    weights_only: bool = False
+    """Optimizer, random state and data position were left out: weights to start from, not a run to continue."""
     versions: dict[str, str] = {}
 
 
@@ -80,6 +82,7 @@ def write(
     files: Mapping[str, FileEntry],
     recipe: Mapping[str, Any],
     tokenizer_fingerprint: str | None,
+    weights_only: bool = False,
 ) -> None:
     """Declare a checkpoint complete: write its manifest under a temporary name, sync it to disk and rename it.
 
@@ -91,6 +94,7 @@ def write(
         files: Name relative to ``folder`` -> its :func:`file_entry` (each rank may hash its own files).
         recipe: The resolved recipe; must be JSON.
         tokenizer_fingerprint: Of the run's tokenizer, or None.
+        weights_only: The checkpoint holds weights and nothing to continue from.
     """
     for name in files:
         _check_name(folder, name)
@@ -101,6 +105,7 @@ def write(
         files=dict(sorted(files.items())),
         recipe=dict(recipe),
         tokenizer_fingerprint=tokenizer_fingerprint,
+        weights_only=weights_only,
         versions=_versions(),
     ).model_dump(mode="json")
     # Through text and back, so that the checksum is of what a reader will see (keys are strings, tuples are lists).
@@ -153,16 +158,20 @@ def verify(folder: Path) -> list[str]:
 
     Sizes come first, because they cost nothing; only when all of them are right does every file get hashed.
     """
+    if problems := verify_sizes(folder):
+        return problems
+    return [p for name, entry in read(folder).files.items() if (p := _hash_problem(folder, name, entry))]
+
+
+def verify_sizes(folder: Path) -> list[str]:
+    """The part of `verify` that reads no file: is the manifest sound, is each file there with its size?"""
     try:
         manifest = read(folder)
     except ManifestError as error:
         return [str(error)]
     if not manifest.files or (manifest.kind == "sharded" and ".metadata" not in manifest.files):
         return [f"{folder.name}/{MANIFEST}: lists no {'.metadata' if manifest.kind == 'sharded' else 'files'}"]
-    problems = [p for name, entry in manifest.files.items() if (p := _size_problem(folder, name, entry))]
-    if problems:
-        return problems
-    return [p for name, entry in manifest.files.items() if (p := _hash_problem(folder, name, entry))]
+    return [p for name, entry in manifest.files.items() if (p := _size_problem(folder, name, entry))]
 
 
 def verify_file(folder: Path, name: str) -> str | None:

@@ -23,6 +23,8 @@ class CheckpointInfo:
     path: Path
     step: int
     """Finished optimizer steps: from the manifest, or from the folder's name when the manifest is unusable."""
+    epoch: int
+    """Finished epochs, from the folder's name; -1 for another kind of name."""
     manifest: manifest.Manifest | None
     problem: str | None
     """Why the manifest is unusable; None when it is fine."""
@@ -42,13 +44,14 @@ def checkpoints_in(folder: Path) -> list[CheckpointInfo]:
             continue
         if name is None and not (entry / manifest.MANIFEST).is_file():
             continue
+        epoch = int(name[1]) if name else -1
         try:
             content = manifest.read(entry)
-            found.append(CheckpointInfo(entry, content.step, content, None))
+            found.append(CheckpointInfo(entry, content.step, epoch, content, None))
         except manifest.ManifestError as error:
-            found.append(CheckpointInfo(entry, int(name[2]) if name else -1, None, str(error)))
-    # Two epochs can hold the same step number only across runs; the name decides then, so that the order is stable.
-    return sorted(found, key=lambda info: (info.step, info.path.name), reverse=True)
+            found.append(CheckpointInfo(entry, int(name[2]) if name else -1, epoch, None, str(error)))
+    # The last step of an epoch may have been saved before the epoch was counted, and after.
+    return sorted(found, key=lambda info: (info.step, info.epoch, info.path.name), reverse=True)
 
 
 def newest_complete(folder: Path, say: Callable[[str], None]) -> Path | None:

@@ -42,6 +42,29 @@ def _one_of_any_case(value: Any) -> Any:
     return value.lower() if isinstance(value, str) else value
 
 
+class CompileConfig(Config):
+    """Arguments of torch.compile."""
+
+    fullgraph: bool = False
+    """A graph break is an error."""
+    dynamic: bool | None = None
+    """Compile for shapes that change."""
+    backend: str = "inductor"
+    """Which compiler."""
+    mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] | None = None
+    """How hard it tries."""
+    options: dict[str, Any] | None = None
+    """Options of the compiler; not together with `mode`."""
+    disable: bool = False
+    """Compile nothing."""
+
+    @model_validator(mode="after")
+    def _mode_or_options(self) -> Self:
+        if self.mode is not None and self.options is not None:
+            raise ValueError("give mode or options, not both")
+        return self
+
+
 class ProfilerScheduleConfig(Config):
     """Composer's cyclic schedule: which batches are profiled."""
 
@@ -121,7 +144,7 @@ class Recipe(Config):
     """Weigh micro-batches by their targets, so that the micro-batch size does not change the result."""
     fsdp_config: FSDPConfig | None = None
     """Sharding over ranks. Without it every rank holds the whole model (DDP)."""
-    compile_config: dict[str, Any] | None = None
+    compile_config: CompileConfig | None = None
     """Arguments of torch.compile; `{}` compiles with its defaults, null does not compile."""
     dist_timeout: PositiveFloat = 600.0
     """Seconds that a rank waits for the others before the run fails."""
@@ -198,7 +221,7 @@ class Recipe(Config):
     ] = "warning"
     """Least severe messages of Python's loggers that are shown."""
     log_config: bool = True
-    """Print the resolved recipe at the start, and log it."""
+    """Log the resolved recipe to the loggers as hyperparameters. It always stands in RUN/recipe.yaml."""
     metadata: dict[str, Any] | None = None
     """Free-form, logged with the run."""
     flatten_metadata: bool = True
@@ -307,9 +330,20 @@ class Recipe(Config):
         return self
 
     @model_validator(mode="after")
+    def _metadata_is_its_own(self) -> Self:
+        clash = sorted((self.metadata or {}).keys() & type(self).model_fields.keys()) if self.flatten_metadata else []
+        if clash:
+            raise mistake(
+                "This is a key of the recipe. Rename it, or set `flatten_metadata: false`.", f"metadata.{clash[0]}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _saves_can_resume(self) -> Self:
         if self.autoresume and self.save_folder is None:
             raise mistake("There is nothing to resume from without `save_folder`.", "autoresume")
+        if self.autoresume and self.save_weights_only:
+            raise mistake("`save_weights_only` saves nothing to resume from; keep one of the two.", "autoresume")
         if self.autoresume and self.save_overwrite:
             raise mistake("`save_overwrite` starts anew; keep one of the two.", "autoresume")
         return self

@@ -2,6 +2,8 @@
 
 import shutil
 import sys
+import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +14,8 @@ from composer.utils.checkpoint import save_checkpoint
 
 from llmtrain.checkpoint import manifest
 from llmtrain.checkpoint.resolve import checkpoints_in
+from llmtrain.errors import UserError
+from llmtrain.training.agreement import from_all_ranks, from_rank_zero
 
 STAGING = ".saving"
 
@@ -24,12 +28,14 @@ class CheckpointSaver(Callback):  # type: ignore[misc]
     the disk. The serialisation itself is Composer's.
 
     Args:
-        folder: where checkpoints go; the same on all ranks.
+        folder: where checkpoints go; the same on all ranks and nodes.
         interval: Composer time string, e.g. `100ba`; the end of training always saves.
         keep: number of newest checkpoints to keep; -1 keeps all.
         weights_only: leave the optimizer and the rest of the training state out.
         ignore_keys: glob patterns of state keys to leave out.
         record: what the manifest tells besides files: recipe, tokenizer fingerprint.
+        refused: names of checkpoints in `folder` that were found damaged; they do not count for `keep`.
+        replaces: checkpoints of an earlier run; deleted when the first new one is complete.
     """
 
     def __init__(
@@ -41,50 +47,92 @@ class CheckpointSaver(Callback):  # type: ignore[misc]
         weights_only: bool,
         ignore_keys: list[str] | None,
         record: dict[str, Any],
+        refused: Iterable[str] = (),
+        replaces: Iterable[Path] = (),
     ) -> None:
         self.folder = folder
         self.keep = keep
         self.weights_only = weights_only
         self.ignore_keys = ignore_keys
         self.record = record
-        self.save_now = False
+        self.refused = set(refused)
+        self.replaces = list(replaces)
         self._is_due = create_interval_scheduler(interval)
-        self._last_saved: int | None = None
+        self._due_at_epoch_end = False
+        self._last_saved: tuple[int, int] | None = None
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        if dist.get_global_rank() == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(self.folder / STAGING, ignore_errors=True)  # what a killed run left half-written
-        dist.barrier()
+        """Removes what a killed run left half-written, and checks that all ranks see the same folder.
+
+        Raises:
+            UserError: it cannot be written, or a node has a folder of its own under the same name.
+        """
+        token = self.folder / STAGING / "shared"
+
+        def prepare() -> None:
+            shutil.rmtree(self.folder / STAGING, ignore_errors=True)
+            token.parent.mkdir(parents=True)
+            token.touch()
+
+        from_rank_zero(prepare)
+        unseen = [rank for rank, seen in enumerate(from_all_ranks(token.exists)) if not seen]
+        if unseen:
+            raise UserError(
+                f"save_folder: rank(s) {unseen} do not see what rank 0 writes to {self.folder}. "
+                "Give a folder on storage that all nodes share."
+            )
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
-        if self.save_now or self._is_due(state, Event.BATCH_CHECKPOINT):
-            self.save(state)
+        if self._is_due(state, Event.BATCH_CHECKPOINT):
+            if int(state.timestamp.batch_in_epoch) == state.dataloader_len:
+                self._due_at_epoch_end = True  # saved in a moment, when the epoch has been counted
+            else:
+                self.save(state)
 
     def epoch_checkpoint(self, state: State, logger: Logger) -> None:
-        if self._is_due(state, Event.EPOCH_CHECKPOINT):
+        if self._is_due(state, Event.EPOCH_CHECKPOINT) or self._due_at_epoch_end:
             self.save(state)
 
     def save(self, state: State) -> None:
-        """Saves the state now, on all ranks (a collective call)."""
-        step = int(state.timestamp.batch)
-        if self._last_saved == step:
+        """Saves the state now, on all ranks (a collective call).
+
+        Raises:
+            UserError: on all ranks, when a rank cannot write; nothing looks complete then, and nothing was deleted.
+        """
+        self._due_at_epoch_end = False
+        moment = (int(state.timestamp.epoch), int(state.timestamp.batch))
+        if self._last_saved == moment:
             return
-        name = f"ep{int(state.timestamp.epoch)}-ba{step}"
+        started = time.monotonic()
+        name = f"ep{moment[0]}-ba{moment[1]}"
         staged = self.folder / STAGING / name
         sharded = bool(state.fsdp_sharded_state_dict_enabled)
         # Composer puts sharded files into a folder epE-baB beside the file name that it is given.
         target = staged.parent / "shard-rank{rank}.pt" if sharded else staged / "full.pt"
-        save_checkpoint(state, str(target), weights_only=self.weights_only, ignore_keys=self.ignore_keys)
+        try:
+            save_checkpoint(state, str(target), weights_only=self.weights_only, ignore_keys=self.ignore_keys)
+        except Exception as error:  # torch's message does not say "disk full"
+            free = shutil.disk_usage(self.folder).free
+            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(
+                f"checkpoint {self.folder / name} cannot be written ({free / 1e9:.2f} GB free): {first}"
+            ) from error
 
-        mine = [path for path in staged.glob("*") if self._is_mine(path, sharded)] if staged.exists() else []
-        entries: dict[str, manifest.FileEntry] = {}
-        for part in dist.all_gather_object({path.name: manifest.file_entry(path) for path in mine}):
-            entries.update(part)
+        def hashes() -> dict[str, manifest.FileEntry]:
+            mine = [path for path in staged.glob("*") if self._is_mine(path, sharded)]
+            return {path.name: manifest.file_entry(path) for path in mine}
+
+        entries = {key: entry for part in from_all_ranks(hashes) for key, entry in part.items()}
+        kind: Literal["sharded", "full"] = "sharded" if sharded else "full"
+        from_rank_zero(lambda: self._publish(state, staged, name, entries, kind))
+        self._last_saved = moment
         if dist.get_global_rank() == 0:
-            self._publish(state, staged, name, entries, "sharded" if sharded else "full")
-        dist.barrier()
-        self._last_saved = step
+            size, seconds = sum(entry.size for entry in entries.values()), time.monotonic() - started
+            print(
+                f"checkpoint  {self.folder / name}  ({size / 1e6:,.1f} MB, {seconds:.1f} s)",
+                file=sys.stderr,
+                flush=True,
+            )
 
     @staticmethod
     def _is_mine(path: Path, sharded: bool) -> bool:
@@ -108,21 +156,35 @@ class CheckpointSaver(Callback):  # type: ignore[misc]
             files=entries,
             recipe=self.record["recipe"],
             tokenizer_fingerprint=self.record["tokenizer_fingerprint"],
+            weights_only=self.weights_only,
         )
         final = self.folder / name
-        if final.exists():  # found damaged at the resume, and trained over again
+        if final.exists():  # found damaged at the resume, and trained over again; or of the run that this one replaces
             final.rename(self.folder / STAGING / f"replaced-{name}")
         staged.rename(final)
         link = self.folder / STAGING / "latest"
         link.unlink(missing_ok=True)
         link.symlink_to(name)
         link.replace(self.folder / "latest")
+        self.refused.discard(name)
+        for old in self.replaces:
+            if old != final:
+                shutil.rmtree(old, ignore_errors=True)
+        self.replaces = []
+        self._retain(final)
         shutil.rmtree(self.folder / STAGING, ignore_errors=True)
-        if self.keep >= 0:
-            for old in checkpoints_in(self.folder)[max(self.keep, 1) :]:
-                shutil.rmtree(old.path)
-        size = sum(entry.size for entry in entries.values())
-        print(f"checkpoint  {final}  ({size / 1e6:,.1f} MB)", file=sys.stderr, flush=True)
+
+    def _retain(self, newest: Path) -> None:
+        """Deletes the oldest of the checkpoints that are good, and never the one that was just written."""
+        if self.keep < 0:
+            return
+        good = [
+            info.path
+            for info in checkpoints_in(self.folder)
+            if info.problem is None and info.path.name not in self.refused and info.path != newest
+        ]
+        for old in good[max(self.keep, 1) - 1 :]:
+            shutil.rmtree(old)
 
 
 def free_space_warning(folder: Path, n_parameters: int, keep: int) -> str | None:

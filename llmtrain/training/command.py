@@ -18,10 +18,10 @@ def main(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0].startswith("-") or "=" in arguments[0]:
         print(USAGE, file=sys.stderr)
         return 2
-    # Each rank must fail the same way, but only one has to say why.
-    speaks = os.environ.get("RANK", "0") == "0"
+    # Before training starts all ranks of a node fail the same way, and one of them says why.
+    speaks = os.environ.get("LOCAL_RANK", "0") == "0"
     try:
-        if speaks:
+        if os.environ.get("RANK", "0") == "0":
             print(f"start       {arguments[0]}: importing torch and Composer", file=sys.stderr, flush=True)
         from llmtrain.recipe.load import load_recipe
 
@@ -31,7 +31,9 @@ def main(arguments: Sequence[str]) -> int:
 
         return train(recipe)
     except UserError as error:
-        if speaks:
+        if error.rank is not None:
+            print(f"error (rank {error.rank}): {error}", file=sys.stderr, flush=True)
+        elif speaks:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
 

@@ -4,9 +4,10 @@ import sys
 import time
 from typing import Any
 
-from composer import Logger, State, Time, TimeUnit
+from composer import Event, Logger, State, TimeUnit
 from composer.loggers import LoggerDestination
 from composer.utils import dist
+from composer.utils.misc import create_interval_scheduler
 
 from llmtrain.training.loss_curve import TRAIN_LOSS
 
@@ -17,11 +18,11 @@ class Console(LoggerDestination):  # type: ignore[misc]
     Composer's console logger prints each metric on a line of its own; its progress bar garbles log files.
 
     Args:
-        interval: Composer time string in batches or epochs (`1ba`, `10ba`), how often a line is printed.
+        interval: Composer time string (`1ba`, `10ba`, `1ep`), how often a line is printed.
     """
 
     def __init__(self, interval: str | int) -> None:
-        self.interval = Time.from_input(interval, TimeUnit.EPOCH)
+        self._is_due = create_interval_scheduler(interval, checkpoint_events=False, final_events={Event.BATCH_END})
         self._enabled = dist.get_global_rank() == 0
         self._metrics: dict[str, Any] = {}
         # (clock, value) at the last printed line and at the start, for the rate and the time left
@@ -58,9 +59,15 @@ class Console(LoggerDestination):  # type: ignore[misc]
         self._started = (self._started[0] + seconds, self._started[1])
 
     def batch_end(self, state: State, logger: Logger) -> None:
+        if self._enabled and self._is_due(state, Event.BATCH_END):
+            self._print_progress(state)
+
+    def epoch_end(self, state: State, logger: Logger) -> None:
+        if self._enabled and self._is_due(state, Event.EPOCH_END):
+            self._print_progress(state)
+
+    def _print_progress(self, state: State) -> None:
         step, tokens, now = int(state.timestamp.batch), int(state.timestamp.token), time.monotonic()
-        if not self._enabled or not self._is_due(state):
-            return
         share = self._share_done(state)
         rate = (tokens - self._since[1]) / max(now - self._since[0], 1e-9)
         done_here = share - self._started[1]
@@ -78,16 +85,13 @@ class Console(LoggerDestination):  # type: ignore[misc]
             line.append(f"{_duration(left)} left")
         _say("  ".join(line))
 
-    def _is_due(self, state: State) -> bool:
-        timestamp, every = state.timestamp, self.interval
-        if state.max_duration is not None and timestamp >= state.max_duration:
-            return True
-        if every.unit == TimeUnit.BATCH:
-            return bool(int(timestamp.batch) % every.value == 0)
-        return bool(every.unit == TimeUnit.EPOCH and int(timestamp.batch_in_epoch) == state.dataloader_len)
-
     @staticmethod
     def _share_done(state: State) -> float:
+        end, timestamp = state.max_duration, state.timestamp
+        if end is not None and end.unit == TimeUnit.EPOCH and state.dataloader_len:
+            # Composer counts whole epochs only.
+            done = int(timestamp.epoch) + int(timestamp.batch_in_epoch) / int(state.dataloader_len)
+            return done / int(end.value)
         elapsed = state.get_elapsed_duration()
         return float(elapsed) if elapsed is not None else 0.0
 

@@ -235,6 +235,7 @@ class ShardingPlan:
         activation_cpu_offload: Keep block activations in host memory.
         state_dict_type: How checkpoints are written.
         load_monolith_rank0_only: Rank 0 reads a full checkpoint and sends the parts.
+        verbose: Log how the model was sharded.
         notes: Lines to say before the run starts.
     """
 
@@ -247,6 +248,7 @@ class ShardingPlan:
     activation_cpu_offload: bool = False
     state_dict_type: Literal["full", "sharded"] = "full"
     load_monolith_rank0_only: bool = False
+    verbose: bool = False
     notes: tuple[str, ...] = ()
 
     @property
@@ -309,6 +311,7 @@ def translate(
         activation_cpu_offload=cfg.activation_cpu_offload,
         state_dict_type=cfg.state_dict_type,
         load_monolith_rank0_only=cfg.load_monolith_rank0_only,
+        verbose=cfg.verbose,
         notes=notes,
     )
 

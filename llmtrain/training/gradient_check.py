@@ -21,13 +21,14 @@ def check_gradient_average(device: torch.device) -> None:
     world_size = dist.get_world_size()
     if world_size == 1:
         return
-    layer = nn.Linear(world_size, 1, bias=False).to(device)
+    layer = nn.Linear(1, world_size, bias=False).to(device)  # a row for each rank: each holds a shard
     fully_shard(layer)
-    layer(torch.full((1, world_size), float(dist.get_rank() + 1), device=device)).sum().backward()
+    layer(torch.full((1, 1), float(dist.get_rank() + 1), device=device)).sum().backward()
     assert layer.weight.grad is not None
     gradient = layer.weight.grad.full_tensor().mean().item()  # type: ignore[attr-defined]
     expected = (world_size + 1) / 2
-    if abs(gradient - expected) > 1e-6:
+    # NCCL multiplies by a rounded 1 / ranks; a sum would be off by a factor of at least two.
+    if abs(gradient - expected) > 1e-3 * expected:
         raise UserError(
             f"torch {torch.__version__} computes wrong gradients for FSDP2 on {device.type} with {world_size} ranks: "
             f"{gradient:g} instead of the mean {expected:g} (its gloo reduce-scatter sums instead of averaging).\n"

@@ -47,7 +47,7 @@ class WandB(WandBLogger):  # type: ignore[misc]
             self._folder.mkdir(parents=True, exist_ok=True)
             self._init_kwargs.setdefault("dir", str(self._folder))
             if self._rank_zero_only and "id" not in self._init_kwargs:
-                self._init_kwargs.update(id=_run_id(self._folder / "wandb-run-id"), resume="allow")
+                self._init_kwargs.update(id=_run_id(self._folder / WANDB_RUN_ID), resume="allow")
         super().init(state, logger)
 
     def log_hyperparameters(self, hyperparameters: dict[str, Any]) -> None:
@@ -57,6 +57,10 @@ class WandB(WandBLogger):  # type: ignore[misc]
 
             # A resumed run may differ (a longer max_duration); without allow_val_change that would be an error.
             wandb.config.update(redact(hyperparameters), allow_val_change=True)
+
+
+WANDB_RUN_ID = "wandb-run-id"
+"""File of a run's folder that holds its identity in W&B, so that a resumed run goes on in the same one."""
 
 
 def _run_id(path: Path) -> str:

@@ -14,10 +14,14 @@ from llmtrain.training.checkpoint_saver import CheckpointSaver
 EXIT_CODE = 128 + signal.SIGTERM
 
 
-class Preemption(Callback):  # type: ignore[misc]
-    """When any rank has received SIGTERM, all ranks save after the current step and stop.
+class Preempted(Exception):
+    """Training has stopped at a SIGTERM, after a checkpoint. Raised on all ranks at the same point."""
 
-    The handler only sets a flag; ranks agree on it by an all-reduce after each step, so that they stop at the same one.
+
+class Preemption(Callback):  # type: ignore[misc]
+    """When any rank has received SIGTERM, all ranks save after the current step (or evaluation batch) and stop.
+
+    The handler only sets a flag; ranks agree on it by an all-reduce after each batch, so that they stop together.
     Composer's own handler exits at once, without a checkpoint, while other ranks wait in a collective.
 
     Must stand before the saver in the list of callbacks.
@@ -26,7 +30,6 @@ class Preemption(Callback):  # type: ignore[misc]
     def __init__(self, saver: CheckpointSaver | None) -> None:
         self.saver = saver
         self.received = False
-        self.stopped_at: int | None = None
 
     def install(self) -> None:
         """Takes over SIGTERM; called after the Trainer was made, since importing Composer installs its own handler."""
@@ -36,15 +39,21 @@ class Preemption(Callback):  # type: ignore[misc]
         self.received = True
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
+        self._stop_if_asked(state)
+
+    def eval_batch_end(self, state: State, logger: Logger) -> None:
+        # An evaluation may take longer than the time that is left. The rest of it is lost; training is not.
+        self._stop_if_asked(state)
+
+    def _stop_if_asked(self, state: State) -> None:
         flag = state.device.tensor_to_device(torch.tensor([int(self.received)], dtype=torch.int32))
         dist.all_reduce(flag, reduce_operation="MAX")
         if not flag.item():
             return
-        self.stopped_at = int(state.timestamp.batch)
-        if self.saver is not None:
+        step = int(state.timestamp.batch)
+        if self.saver is not None and step > 0:
             self.saver.save(state)
-        state.evaluators = []  # no evaluation at the end: the grace period is short
-        state.stop_training()
         if dist.get_global_rank() == 0:
             saved = "saved; the same command continues from here" if self.saver else "nothing saved: no save_folder"
-            print(f"SIGTERM: stopped after step {self.stopped_at}; {saved}", file=sys.stderr, flush=True)
+            print(f"SIGTERM: stopped after step {step}; {saved}", file=sys.stderr, flush=True)
+        raise Preempted

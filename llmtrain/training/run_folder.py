@@ -1,14 +1,19 @@
 """runs/NAME: the one folder that a run leaves."""
 
 import json
+import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from composer import Logger, State
 from composer.loggers import LoggerDestination
 from composer.utils import dist
 
+from llmtrain.training.logger_destinations import WANDB_RUN_ID
 from llmtrain.training.loss_curve import TRAIN_LOSS, draw_loss_curve, read_metrics
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 class RunFolder:
@@ -25,9 +30,18 @@ class RunFolder:
         self.loss_curve = path / "loss.png"
         self.tokenizer = path / "tokenizer"
 
-    def create(self, recipe_yaml: str) -> None:
-        """Makes the folder and writes the resolved recipe into it."""
+    def create(self, recipe_yaml: str, tokenizer: "PreTrainedTokenizerFast", *, anew: bool) -> None:
+        """Makes the folder, with the resolved recipe and the tokenizer.
+
+        Args:
+            recipe_yaml: the text of recipe.yaml.
+            tokenizer: saved so that the folder stands on its own.
+            anew: the run starts at step 0: trackers begin a new run, too, instead of going on in an earlier one.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
+        if anew:
+            (self.path / WANDB_RUN_ID).unlink(missing_ok=True)
+        tokenizer.save_pretrained(self.tokenizer)
         temporary = self.recipe.with_suffix(".tmp")
         temporary.write_text(recipe_yaml)
         temporary.replace(self.recipe)
@@ -98,7 +112,10 @@ class MetricsFile(LoggerDestination):  # type: ignore[misc]
 
     def _draw(self) -> None:
         if self._enabled and self.folder.metrics.exists():
-            draw_loss_curve(self.folder.metrics, self.folder.loss_curve)
+            try:
+                draw_loss_curve(self.folder.metrics, self.folder.loss_curve)
+            except Exception as error:  # no picture is worth a run
+                print(f"warning: {self.folder.loss_curve} was not drawn: {error}", file=sys.stderr, flush=True)
 
 
 def _plain(value: Any) -> Any:

@@ -8,14 +8,17 @@ from composer import Evaluator, Trainer
 from composer.core import DataSpec
 from composer.utils import dist
 
+from llmtrain.checkpoint.read import read_weights
 from llmtrain.data.batch import tokens_in_batch
 from llmtrain.data.config import TextLoaderConfig
 from llmtrain.data.text import build_text_loader
+from llmtrain.errors import UserError
 from llmtrain.model.mpt import MPT
 from llmtrain.recipe.batch import batch_plan
 from llmtrain.recipe.recipe import Recipe
 from llmtrain.tokenizer import fingerprint, load_tokenizer
 from llmtrain.training import composer_adapter, environment, resume
+from llmtrain.training.agreement import from_rank_zero
 from llmtrain.training.algorithms import build_algorithms
 from llmtrain.training.callbacks import build_callbacks
 from llmtrain.training.checkpoint_saver import CheckpointSaver, free_space_warning
@@ -25,7 +28,7 @@ from llmtrain.training.gradient_check import check_gradient_average
 from llmtrain.training.language_model import LanguageModel
 from llmtrain.training.loggers import build_loggers
 from llmtrain.training.optimizers import build_optimizer
-from llmtrain.training.preemption import EXIT_CODE, Preemption
+from llmtrain.training.preemption import EXIT_CODE, Preempted, Preemption
 from llmtrain.training.profiling import build_profiler
 from llmtrain.training.run_folder import MetricsFile, RunFolder
 from llmtrain.training.schedulers import build_scheduler
@@ -45,15 +48,23 @@ def train(recipe: Recipe) -> int:
     if start.finished:
         environment.say(f"{recipe.run_name} is complete at step {start.step}; nothing to do.")
         return 0
-    trainer, preemption = assemble(recipe, start, device)
-    if recipe.eval_first and trainer.state.timestamp.batch == 0 and trainer.state.evaluators:
-        trainer.eval()
-    trainer.fit()
+    trainer = assemble(recipe, start, device)
+    try:
+        if recipe.eval_first and trainer.state.timestamp.batch == 0 and trainer.state.evaluators:
+            trainer.eval()
+        trainer.fit()
+    except Preempted:
+        trainer.close()
+        return EXIT_CODE
+    except UserError as error:
+        error.rank = dist.get_global_rank()
+        trainer.engine.close()  # trainer.close() would wait for the other ranks, which may be waiting for this one
+        raise
     trainer.close()
-    return EXIT_CODE if preemption.stopped_at is not None else 0
+    return 0
 
 
-def assemble(recipe: Recipe, start: resume.StartingPoint, device: torch.device) -> tuple[Trainer, Preemption]:
+def assemble(recipe: Recipe, start: resume.StartingPoint, device: torch.device) -> Trainer:
     """Builds each part of the run and hands them to Composer. Reads in the order in which data flows."""
     run = RunFolder(Path("runs") / recipe.run_name)
     batch = batch_plan(recipe, dist.get_world_size())
@@ -69,29 +80,28 @@ def assemble(recipe: Recipe, start: resume.StartingPoint, device: torch.device) 
         check_gradient_average(device)
 
     tokenizer, tokenizer_hash = load_tokenizer(recipe.tokenizer), fingerprint(recipe.tokenizer.name)
-    if dist.get_global_rank() == 0:
-        run.create(environment.recipe_yaml(recipe))
-        tokenizer.save_pretrained(run.tokenizer)
+    from_rank_zero(lambda: run.create(environment.recipe_yaml(recipe), tokenizer, anew=start.step == 0))
 
-    def data(loader: TextLoaderConfig, device_batch_size: int) -> DataSpec:
+    def data(loader: TextLoaderConfig, device_batch_size: int, **how: Any) -> DataSpec:
         batches = build_text_loader(
             loader,
             eos_token_id=tokenizer.eos_token_id,
             tokenizer_fingerprint=tokenizer_hash,
             vocab_size=recipe.model.vocab_size,
             device_batch_size=device_batch_size,
+            **how,
         )
         return DataSpec(batches, get_num_tokens_in_batch=tokens_in_batch)
 
-    train_data = data(recipe.train_loader, batch.device_batch_size)
+    train_data = data(recipe.train_loader, batch.device_batch_size, epoch_batches=recipe.train_subset_num_batches)
     evaluators = [
-        Evaluator(label=label, dataloader=data(loader, batch.device_eval_batch_size))
+        Evaluator(label=label, dataloader=data(loader, batch.device_eval_batch_size, evaluation=True))
         for label, loader in recipe.evaluators().items()
     ]
-    model = build_model(recipe, sharding)
+    model = build_model(recipe, sharding, start.weights)
     optimizer = build_optimizer(recipe.optimizer, model)
 
-    saver = build_saver(recipe, tokenizer_hash, model)
+    saver = build_saver(recipe, tokenizer_hash, model, start)
     preemption = Preemption(saver)
     restore_rng = composer_adapter.RestoreRNG()
     # The order matters: the random state is restored first; a stop saves before the saver looks whether it is due.
@@ -108,7 +118,7 @@ def assemble(recipe: Recipe, start: resume.StartingPoint, device: torch.device) 
         dist_timeout=recipe.dist_timeout,
         model=model,
         parallelism_config=composer_adapter.parallelism(sharding),
-        compile_config=recipe.compile_config,
+        compile_config=recipe.compile_config.model_dump() if recipe.compile_config else None,
         optimizers=optimizer,
         schedulers=build_scheduler(recipe.scheduler),
         algorithms=build_algorithms(recipe.algorithms),
@@ -138,12 +148,24 @@ def assemble(recipe: Recipe, start: resume.StartingPoint, device: torch.device) 
     preemption.install()
     if recipe.log_config:
         trainer.logger.log_hyperparameters(environment.hyperparameters(recipe))
-    environment.say(environment.summary(recipe, model, batch, sharding, device, start.step))
-    return trainer, preemption
+    step = int(trainer.state.timestamp.batch)
+    if trainer.state.max_duration is not None and trainer.state.timestamp >= trainer.state.max_duration:
+        raise UserError(
+            f"load_path: {start.load_path} is at step {step}, and max_duration {recipe.max_duration} is reached. "
+            "Take its weights alone (load_weights_only=true), or train longer."
+        )
+    environment.say(environment.summary(recipe, model, batch, sharding, device, step))
+    return trainer
 
 
-def build_model(recipe: Recipe, sharding: ShardingPlan) -> LanguageModel:
-    """The model on the device that `init_device` asks for; the same initial weights on all ranks."""
+def build_model(recipe: Recipe, sharding: ShardingPlan, weights: Path | None) -> LanguageModel:
+    """The model on the device that `init_device` asks for; the same initial weights on all ranks.
+
+    Args:
+        recipe: the recipe.
+        sharding: with it, `mixed` makes the model on rank 0 alone.
+        weights: a checkpoint whose weights it gets; not with the device `meta`.
+    """
     where: str = recipe.model.init_device
     if where == "mixed":
         where = "meta" if sharding.is_sharded and dist.get_global_rank() > 0 else "cpu"
@@ -151,15 +173,20 @@ def build_model(recipe: Recipe, sharding: ShardingPlan) -> LanguageModel:
         environment.say("init_device: meta needs a sharded model (fsdp_config); using cpu.")
         where = "cpu"
     environment.seed_everything(recipe.seed)
-    return LanguageModel(MPT(recipe.model, device=where), recipe.model)
+    model = MPT(recipe.model, device=where)
+    if weights is not None and where != "meta":
+        model.load_state_dict(read_weights(weights)[1])
+    return LanguageModel(model, recipe.model)
 
 
-def build_saver(recipe: Recipe, tokenizer_hash: str, model: LanguageModel) -> CheckpointSaver | None:
+def build_saver(
+    recipe: Recipe, tokenizer_hash: str, model: LanguageModel, start: resume.StartingPoint
+) -> CheckpointSaver | None:
     """The checkpoint callback, or None when the recipe has no save_folder."""
     folder = resume.save_folder(recipe)
     if folder is None:
         return None
-    folder.mkdir(parents=True, exist_ok=True)
+    from_rank_zero(lambda: folder.mkdir(parents=True, exist_ok=True))
     n_parameters = sum(p.numel() for p in model.parameters())
     if warning := free_space_warning(folder, n_parameters, recipe.save_num_checkpoints_to_keep):
         environment.say(f"warning: {warning}")
@@ -171,4 +198,6 @@ def build_saver(recipe: Recipe, tokenizer_hash: str, model: LanguageModel) -> Ch
         weights_only=recipe.save_weights_only,
         ignore_keys=recipe.save_ignore_keys,
         record=record,
+        refused=start.refused,
+        replaces=start.replaces,
     )

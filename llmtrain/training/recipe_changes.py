@@ -1,0 +1,83 @@
+"""What may change in a recipe between a checkpoint and the run that continues from it."""
+
+from pathlib import Path
+from typing import Any
+
+from llmtrain.errors import UserError
+
+FREE_MODEL_KEYS = {
+    # What changes neither the weights' shapes nor the function that they compute.
+    ("resid_pdrop",),
+    ("emb_pdrop",),
+    ("attn_config", "attn_pdrop"),
+    ("attn_config", "attn_impl"),
+    ("init_config",),
+    ("init_device",),
+    ("loss_fn",),
+    ("use_cache",),
+    ("embedding_fraction",),
+    ("max_seq_len",),
+}
+WATCHED = ("optimizer", "scheduler", "algorithms", "global_train_batch_size", "max_duration", "train_loader", "seed")
+
+
+def differences(old: Any, new: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], tuple[Any, Any]]:
+    """Path -> (old, new) of each leaf that differs between two nested dicts."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found: dict[tuple[str, ...], tuple[Any, Any]] = {}
+        for key in {**old, **new}:
+            found |= differences(old.get(key), new.get(key), (*path, str(key)))
+        return found
+    return {} if old == new else {path: (old, new)}
+
+
+def check_model(saved: dict[str, Any], now: dict[str, Any], checkpoint: Path) -> None:
+    """Refuses to load weights into a model that has other shapes, or computes another function with them.
+
+    Raises:
+        UserError: names each key that differs.
+    """
+    if not saved.get("model"):
+        return
+    changed = {
+        path: values
+        for path, values in differences(saved["model"], now["model"]).items()
+        if not any(path[: len(free)] == free for free in FREE_MODEL_KEYS)
+    }
+    if changed:
+        raise UserError(
+            f"the model is not the one of {checkpoint}: {_text(changed, 'model')}. "
+            "Change the recipe back, or choose another run_name to start a new run."
+        )
+
+
+def check_run(saved: dict[str, Any], now: dict[str, Any], checkpoint: Path) -> list[str]:
+    """Compares the recipes of a checkpoint and of the run that continues from it.
+
+    Returns:
+        A line for each change that makes it another run.
+
+    Raises:
+        UserError: another model, or an optimizer whose saved state does not fit.
+    """
+    if not saved:  # a checkpoint that carries no recipe
+        return []
+    check_model(saved, now, checkpoint)
+    for key in ("name", "param_groups", "disable_grad"):
+        old, new = (recipe.get("optimizer", {}).get(key) for recipe in (saved, now))
+        if saved.get("optimizer") and old != new:
+            raise UserError(
+                f"optimizer.{key} was {old!r} in {checkpoint} and is {new!r} now: its saved state does not fit. "
+                "Change it back, or start a new run with load_path=... load_weights_only=true and another run_name."
+            )
+    lines = []
+    for key in WATCHED:
+        changed = differences(saved.get(key), now.get(key))
+        if changed:
+            note = " (the learning-rate schedule changes with it)" if key == "max_duration" else ""
+            lines.append(f"warning: not as in {checkpoint.name}{note}: {_text(changed, key)}")
+    return lines
+
+
+def _text(changed: dict[tuple[str, ...], tuple[Any, Any]], top: str) -> str:
+    return ", ".join(f"{'.'.join((top, *path))} {old} -> {new}" for path, (old, new) in changed.items())

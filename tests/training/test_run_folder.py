@@ -1,0 +1,91 @@
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from llmtrain.training.loss_curve import TRAIN_LOSS, draw_loss_curve, read_metrics, smoothed
+from llmtrain.training.run_folder import MetricsFile, RunFolder
+
+EVAL = "metrics/eval/LanguageCrossEntropy"
+
+
+def at(step: int) -> Any:
+    return SimpleNamespace(timestamp=SimpleNamespace(batch=step))
+
+
+def log_run(file: MetricsFile, first: int, last: int, *, evaluate_every: int = 2) -> None:
+    """The calls that Composer makes: losses at the number of finished steps, evaluation after the step."""
+    for step in range(first, last):
+        file.log_metrics({TRAIN_LOSS: 10.0 - step}, step=step)
+        file.log_metrics({"lr": 0.1}, step=step + 1)
+        file.batch_end(at(step + 1), None)
+        if (step + 1) % evaluate_every == 0:
+            file.log_metrics({EVAL: 5.0 - step}, step=step + 1)
+            file.eval_end(at(step + 1), None)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    return RunFolder(tmp_path)
+
+
+def test_a_resumed_run_logs_each_step_once(folder: RunFolder) -> None:
+    whole = RunFolder(folder.path / "whole")
+    whole.path.mkdir()
+    log_run(MetricsFile(whole), 0, 8)
+
+    log_run(MetricsFile(folder), 0, 7)
+    with folder.metrics.open("a") as file:
+        file.write('{"step": 7, "loss')  # killed while writing
+    resumed = MetricsFile(folder)
+    resumed.after_load(at(4), None)
+    log_run(resumed, 4, 8)
+
+    for key in (TRAIN_LOSS, EVAL, "lr"):
+        rows = [[(r["step"], r[key]) for r in read_metrics(f.metrics) if key in r] for f in (whole, folder)]
+        assert rows[0] == rows[1]
+
+
+def test_a_run_from_the_start_drops_the_old_metrics(folder: RunFolder) -> None:
+    log_run(MetricsFile(folder), 0, 3)
+    MetricsFile(folder).after_load(at(0), None)
+    assert folder.metrics.read_text() == ""
+
+
+def test_values_are_plain_json(folder: RunFolder) -> None:
+    import torch
+
+    file = MetricsFile(folder)
+    file.log_metrics({"a": torch.tensor(1.5), "b": 2, "c": object}, step=0)
+    file.close(at(0), None)
+    row = json.loads(folder.metrics.read_text())
+    assert (row["a"], row["b"], row["c"]) == (1.5, 2, str(object))
+
+
+def test_the_picture_shows_training_and_evaluation(folder: RunFolder) -> None:
+    log_run(MetricsFile(folder), 0, 20)
+    draw_loss_curve(folder.metrics, folder.loss_curve)
+    with_evaluation = folder.loss_curve.read_bytes()
+    assert with_evaluation.startswith(b"\x89PNG")
+    rows = [row for row in read_metrics(folder.metrics) if EVAL not in row]
+    folder.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    draw_loss_curve(folder.metrics, folder.loss_curve)
+    assert folder.loss_curve.read_bytes() != with_evaluation
+
+
+def test_a_picture_that_cannot_be_drawn_does_not_end_the_run(
+    folder: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder.loss_curve.mkdir()
+    log_run(MetricsFile(folder), 0, 2)
+    assert "was not drawn" in capsys.readouterr().err
+
+
+def test_smoothing_neither_starts_at_zero_nor_leaves_the_range() -> None:
+    assert smoothed([7.0] * 5) == pytest.approx([7.0] * 5)
+    values = smoothed([9.0, 8.0, 7.0, 6.0])
+    assert values[0] == pytest.approx(9.0)
+    assert sorted(values, reverse=True) == values
+    assert 6.0 < values[-1] < 9.0
