@@ -14,6 +14,7 @@ from time import sleep
 from typing import Any
 
 import numpy as np
+import torch
 from filelock import FileLock
 from numpy.typing import NDArray
 from streaming import Stream, StreamingDataLoader, StreamingDataset
@@ -265,7 +266,9 @@ class GuardedLoader(StreamingDataLoader):  # type: ignore[misc]
     """
 
     def __init__(self, *args: Any, epoch_batches: int | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        # Each new iterator draws a seed for its workers: from a generator of its own, or the model's random numbers
+        # would depend on whether the workers are still there (as in a run) or new (as after a resume).
+        super().__init__(*args, **{"generator": torch.Generator(), **kwargs})
         self.epoch_batches = epoch_batches
 
     def __iter__(self) -> Iterator[Any]:

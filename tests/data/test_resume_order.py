@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from streaming.base.batching import generate_work
 from streaming.base.world import World
 
@@ -74,6 +75,15 @@ def test_an_epoch_is_as_long_as_the_loader_says_after_a_resume(loader):
     resumed = loader(**settings)
     resumed.load_state_dict(whole.dataset.state_dict(5, True) | {"epoch": 0})
     assert len(list(resumed)) == len(whole) - 5
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_reading_draws_no_random_number_of_the_model(loader, workers):
+    made = loader(workers=workers)
+    before = torch.get_rng_state()
+    for _ in range(2):
+        ids_of(made)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_seed_of_the_checkpoint_holds_and_is_told(loader, caplog):
