@@ -68,8 +68,8 @@ def _enter(rank: int, function: Callable[..., Any], n_ranks: int, folder: str, a
     except BaseException:
         error = traceback.format_exc()
     torch.save((error, value), Path(folder) / f"{rank}.pt")
-    # A peer may wait for a rank that failed, in a collective: do not wait for it in turn. And torch 2.7 now and then hangs
-    # when it takes gloo down.
+    # A peer may wait for a rank that failed, in a collective: do not wait for it in turn. And torch 2.7 now and then
+    # hangs when it takes gloo down.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
