@@ -1,32 +1,31 @@
-"""Everything that we do because Composer 0.32.1 (or Streaming 0.13) does something else.
+"""What is replaced inside Composer 0.32.1, because it does something else than we need.
 
-Each item says what goes wrong without it and what would let it go. Nothing outside this module touches a private name
-of Composer.
+Each item says what goes wrong without it and what would let it go. How checkpoints are loaded stands in `loading.py`,
+put in place from here; Composer's private names are touched in these two modules only.
 """
 
 import os
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import composer.distributed.prepare_distributed as prepare_distributed
-import composer.utils.checkpoint as composer_checkpoint
 import torch
 from composer import Callback, Logger, State, Trainer
 from composer.utils import FSDP2Config, reproducibility
 from torch import nn
 
-from llmtrain.checkpoint.unpickle import load_full
+from llmtrain.training import loading
 from llmtrain.training.fsdp import ShardingPlan
 
 
 @dataclass
 class Sharding(FSDP2Config):  # type: ignore[misc]
-    """FSDP2Config with hybrid sharding and tolerant loading.
+    """FSDP2Config with hybrid sharding, and with a planner that runs no code and says what a checkpoint lacks.
 
-    Composer's own class has no way to ask for a 2-d mesh: `data_parallel_replicate_degree` is a read-only property that
-    returns None, although the mesh is built from it. Can go when Composer lets the degrees be set.
+    Composer's own class has no way to ask for either: `data_parallel_replicate_degree` and `load_planner` are read-only
+    properties that return None, although the mesh is built from the one and the other is used. Can go when Composer
+    lets them be set.
     """
 
     replicate_degree: int = 1
@@ -43,6 +42,10 @@ class Sharding(FSDP2Config):  # type: ignore[misc]
     @property
     def data_parallel_shard_degree(self) -> int:
         return self.shard_degree
+
+    @property
+    def load_planner(self) -> loading.RestrictedLoadPlanner:
+        return loading.RestrictedLoadPlanner()  # a new one each time: it keeps the state that it has loaded
 
 
 class RestoreRNG(Callback):  # type: ignore[misc]
@@ -89,21 +92,14 @@ def _ignore_saved_algorithms(self: State, *args: Any, **kwargs: Any) -> None:
     """Composer rebuilds the algorithms of a checkpoint with eval() of a string in it. Ours come from the recipe."""
 
 
-def _load_validated(checkpoint_filepath: Path | str, map_location: str) -> Any:
-    path = composer_checkpoint._ensure_valid_checkpoint(checkpoint_filepath)
-    return load_full(Path(path))
-
-
 def install() -> None:
     """Puts the replacements in place; idempotent. Called before a Trainer is made."""
     warnings.filterwarnings("ignore", message=".*FSDP2 Config/APIs are experimental.*")
     prepare_distributed.meta_init = _meta_init
     State._apply_required_algorithms = _ignore_saved_algorithms
-    # Monolithic checkpoints: weights_only with an allow-list instead of unrestricted unpickling (Composer's own fix of
-    # April 2026 was never released).
-    composer_checkpoint._torch_load_with_validation = _load_validated
+    loading.install()
     # Composer calls this for every file of a checkpoint before anything in it is unpickled.
-    os.environ["CHECKPOINT_VALIDATION_FUNCTION"] = "llmtrain.checkpoint.validation.validate"
+    os.environ["CHECKPOINT_VALIDATION_FUNCTION"] = "llmtrain.checkpoint.validation.require"
 
 
 def parallelism(plan: ShardingPlan) -> dict[str, Any] | None:
@@ -122,5 +118,6 @@ def parallelism(plan: ShardingPlan) -> dict[str, Any] | None:
             state_dict_type=plan.state_dict_type,
             load_monolith_rank0_only=plan.load_monolith_rank0_only,
             mixed_precision=plan.mixed_precision,
+            verbose=plan.verbose,
         )
     }
