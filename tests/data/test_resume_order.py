@@ -11,6 +11,10 @@ import torch
 from streaming.base.batching import generate_work
 from streaming.base.world import World
 
+from llmtrain.data.config import TextLoaderConfig
+from llmtrain.data.text import build_text_loader
+from llmtrain.testing.ranks import run_ranks
+
 GLOBAL_BATCH = 16
 
 
@@ -84,6 +88,34 @@ def test_reading_draws_no_random_number_of_the_model(loader, workers):
     for _ in range(2):
         ids_of(made)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def replicated(corpus):
+    """Ids of four batches, and of the fourth after a resume, of ranks that get the same rows."""
+    cfg = {"dataset": {"local": str(corpus.train), "max_seq_len": 32, "return_sample_ids": True, "replication": 2}}
+    loaders = [
+        build_text_loader(
+            TextLoaderConfig.model_validate({**cfg, "num_workers": 0}),
+            eos_token_id=0,
+            tokenizer_fingerprint=corpus.tokenizer_fingerprint,
+            vocab_size=320,
+            device_batch_size=8,
+            epoch_batches=4,
+        )
+        for _ in range(2)
+    ]
+    whole = ids_of(loaders[0])
+    # Composer counts the samples of both ranks.
+    loaders[1].load_state_dict(loaders[0].dataset.state_dict(3 * 8 * 2, True))
+    return whole, ids_of(loaders[1])
+
+
+def test_resume_of_replicated_ranks(corpus):
+    first, second = run_ranks(replicated, 2, corpus)
+    whole, rest = first
+    assert first == second
+    assert len(whole) == 4
+    assert rest == whole[3:]
 
 
 def test_seed_of_the_checkpoint_holds_and_is_told(loader, caplog):
