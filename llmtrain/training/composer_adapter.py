@@ -52,8 +52,8 @@ class RestoreRNG(Callback):  # type: ignore[misc]
     """Restores the random state on a resume in mid-epoch, on each rank.
 
     Composer restores it only when it replays the data loader itself. A streaming dataset resumes on its own, so neither
-    of Composer's branches runs and the first batch after the resume draws the random numbers of batch 1. It has to
-    happen here and not earlier: creating the loader's iterator draws from torch's generator.
+    of Composer's branches runs and the first batch after the resume draws the random numbers of batch 1. Here, and
+    not earlier, because whatever runs before the first batch (another loader, a callback) may draw from it.
     """
 
     def __init__(self) -> None:

@@ -92,7 +92,7 @@ def test_nothing_starts_over_where_all_checkpoints_are_damaged(recipe: Path, who
 
 
 def test_checkpoints_without_autoresume_are_not_overwritten(recipe: Path, whole: Finished) -> None:
-    again = launch(recipe, ["autoresume=false"], ranks=2, cwd=recipe.parent)
+    again = launch(recipe, ["autoresume=false", "max_duration=20ba"], ranks=2, cwd=recipe.parent)
     assert again.code == 2, again.output
     assert "save_overwrite=true" in again.output
 
