@@ -24,7 +24,7 @@ train: setup
 	@echo "train       starting $(RANKS) ranks; they import for half a minute"
 	$(BIN)/composer -n $(RANKS) train.py yamls/mpt-tiny.yaml
 	$(BIN)/llmtrain export runs/mpt-tiny runs/mpt-tiny/export
-	$(BIN)/llmtrain generate runs/mpt-tiny/export --prompt 'def __init__(self' --prompt 'The "with" statement' --prompt 'import os' --max-new-tokens 48
+	$(BIN)/llmtrain generate runs/mpt-tiny/export --prompt 'def __init__(self' --prompt 'The "with" statement' --prompt 'import os' --max-new-tokens 48 --temperature 0.6
 	@echo "loss curve  runs/mpt-tiny/loss.png"
 
 test: setup

@@ -74,7 +74,7 @@ def test_it_leaves_the_run_folder(checkout: Path, first: str) -> None:
         "export",
     }
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert (run / "checkpoints/latest").resolve().name == "ep0-ba400"
+    assert (run / "checkpoints/latest").resolve().name == "ep0-ba560"
 
 
 def test_it_prints_text_that_continues_the_prompts(first: str) -> None:
@@ -105,7 +105,7 @@ def test_nothing_that_is_done_is_done_again(checkout: Path, first: str) -> None:
     files = [path for path in checkout.rglob("*") if path.is_file() and not path.is_symlink()]
     before = {path: path.stat().st_mtime_ns for path in files}
     again = make("train", checkout)
-    assert "mpt-tiny is complete at step 400" in again
+    assert "mpt-tiny is complete at step 560" in again
     assert "already" in again
     assert {path: path.stat().st_mtime_ns for path in files} == before
 
