@@ -58,7 +58,7 @@ def sharding_of(recipe: str, cwd: str) -> dict[str, Any]:
 
     os.chdir(cwd)
     loaded = load_recipe(recipe)
-    trainer, _ = assemble(loaded, resume.StartingPoint(), environment.start(loaded))
+    trainer = assemble(loaded, resume.StartingPoint(), environment.start(loaded))
     model = trainer.state.model
     weight = next(p for name, p in model.named_parameters() if name.endswith("transformer.wte.weight"))
     blocks = [m for m in model.modules() if isinstance(m, FSDPModule)]
