@@ -34,6 +34,24 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> TinyCorpus:
 
 
 @pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small byte-level BPE tokenizer as save_pretrained leaves it."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    raw = ByteLevelBPETokenizer()
+    raw.train_from_iterator(
+        ["the quick brown fox jumps over the lazy dog " * 20], 300, special_tokens=["<|endoftext|>"]
+    )
+    folder = tmp_path_factory.mktemp("tokenizer")
+    raw.save(str(folder / "raw.json"))
+    fast = PreTrainedTokenizerFast(tokenizer_file=str(folder / "raw.json"), eos_token="<|endoftext|>")
+    (folder / "raw.json").unlink()
+    fast.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def repository() -> Path:
     """The root of the checkout."""
     return REPOSITORY

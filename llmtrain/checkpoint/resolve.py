@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,13 +65,29 @@ def newest_complete(folder: Path, say: Callable[[str], None]) -> Path | None:
         The checkpoint's folder, or None. None with ``checkpoints_in(folder)`` not empty means that all are damaged:
         a trainer must not start from scratch then.
     """
-    for info in checkpoints_in(folder):
-        problems = [info.problem] if info.problem else manifest.verify(info.path)
+    newest, _ = first_intact(checkpoints_in(folder), manifest.verify, say)
+    return newest.path if newest is not None else None
+
+
+def first_intact(
+    candidates: Iterable[CheckpointInfo], verify: Callable[[Path], list[str]], say: Callable[[str], None]
+) -> tuple[CheckpointInfo | None, list[str]]:
+    """The first checkpoint that `verify` finds no problem with, and the names of those refused before it.
+
+    Args:
+        candidates: Checkpoints, the preferred ones first.
+        verify: A checkpoint's problems, one line each.
+        say: Receives one line for each that was refused, with the reason.
+    """
+    refused: list[str] = []
+    for info in candidates:
+        problems = [info.problem] if info.problem else verify(info.path)
         if not problems:
-            return info.path
+            return info, refused
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         say(f"checkpoint {info.path.name} is refused: {problems[0]}{more}")
-    return None
+        refused.append(info.path.name)
+    return None, refused
 
 
 def locate(run_or_checkpoint: Path, say: Callable[[str], None] = log.warning) -> Path:

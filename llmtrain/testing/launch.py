@@ -5,7 +5,6 @@ imports (the standard library's forkserver); apart from that they are what the l
 with the same environment variables. `launcher_command` gives the command line that a user would type.
 """
 
-import json
 import multiprocessing
 import os
 import signal
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtrain.testing.ranks import as_if_launched, preload
+from llmtrain.training.loss_curve import read_metrics
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,7 @@ class Finished:
 
 def read_metric(run: Path, key: str) -> dict[int, Any]:
     """One metric of a run's metrics.jsonl by step."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {row["step"]: row[key] for row in rows if key in row}
+    return {int(row["step"]): row[key] for row in read_metrics(run / "metrics.jsonl") if key in row}
 
 
 class Run:

@@ -128,11 +128,10 @@ def seed_everything(seed: int) -> None:
     reproducibility.seed_all(seed)
 
 
-def precision(recipe: Recipe, device: torch.device, *, quiet: bool = False) -> str:
+def precision(recipe: Recipe, device: torch.device) -> str:
     """The recipe's precision, or fp32 on a CPU, where Composer accepts nothing else."""
     if device.type == "cpu" and recipe.precision != "fp32":
-        if not quiet:
-            say(f"precision: {recipe.precision} needs a GPU; this run is on CPU and trains in fp32.")
+        say(f"precision: {recipe.precision} needs a GPU; this run is on CPU and trains in fp32.")
         return "fp32"
     return recipe.precision
 
@@ -162,7 +161,13 @@ def notes(recipe: Recipe) -> list[str]:
 
 
 def summary(
-    recipe: Recipe, model: nn.Module, batch: BatchPlan, sharding: ShardingPlan, device: torch.device, step: int
+    recipe: Recipe,
+    model: nn.Module,
+    batch: BatchPlan,
+    sharding: ShardingPlan,
+    device: torch.device,
+    precision: str,
+    step: int,
 ) -> str:
     """What is about to happen, in a few lines."""
     config, ranks = recipe.model, dist.get_world_size()
@@ -172,12 +177,11 @@ def summary(
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     tokens = batch.global_batch_size * recipe.max_seq_len
     begins = f"continues after step {step}" if step else "starts at step 0"
-    kind = precision(recipe, device, quiet=True)
     lines = [
         f"run         {recipe.run_name}, {begins}, ends at {recipe.max_duration}",
         f"model       {whole:,} parameters{frozen}; attention: {attention.reason}",
         f"batch       {batch.global_batch_size} x {recipe.max_seq_len} = {tokens:,} tokens a step: {ranks} rank(s) x "
         f"{batch.accumulation_steps} micro-batch(es) of {batch.microbatch_size}",
-        f"device      {ranks} x {name}, {kind}, {sharding.strategy}, torch {torch.__version__}",
+        f"device      {ranks} x {name}, {precision}, {sharding.strategy}, torch {torch.__version__}",
     ]
     return "\n".join(lines)

@@ -14,7 +14,7 @@ from composer import Time, TimeUnit
 from composer.utils import dist
 
 from llmtrain.checkpoint import manifest
-from llmtrain.checkpoint.resolve import CheckpointInfo, checkpoints_in, locate
+from llmtrain.checkpoint.resolve import CheckpointInfo, checkpoints_in, first_intact, locate
 from llmtrain.checkpoint.validation import validate
 from llmtrain.errors import UserError
 from llmtrain.recipe.recipe import Recipe
@@ -100,7 +100,7 @@ def _own_checkpoints(folder: Path | None) -> list[CheckpointInfo]:
 
 
 def _continue(recipe: Recipe, folder: Path, own: list[CheckpointInfo]) -> StartingPoint:
-    newest, refused = _newest_complete(own)
+    newest, refused = first_intact(own, _verify_together, say)
     if newest is None:
         raise UserError(
             f"{folder} holds checkpoints, but none is complete (see above). Nothing was changed. "
@@ -149,19 +149,6 @@ def _load_path(recipe: Recipe, given: str) -> StartingPoint:
     if recipe.model.init_device == "meta":
         raise UserError(f"load_path: to take the weights of {path}, set model.init_device=mixed.")
     return StartingPoint(weights=path)
-
-
-def _newest_complete(own: list[CheckpointInfo]) -> tuple[CheckpointInfo | None, list[str]]:
-    """The newest checkpoint without a damaged file, and the names of the newer ones (a collective call)."""
-    refused: list[str] = []
-    for info in own:
-        problems = [info.problem] if info.problem else _verify_together(info.path)
-        if not problems:
-            return info, refused
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        say(f"checkpoint {info.path.name} is refused: {problems[0]}{more}")
-        refused.append(info.path.name)
-    return None, refused
 
 
 def _verify_together(checkpoint: Path) -> list[str]:

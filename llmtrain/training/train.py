@@ -75,6 +75,7 @@ def assemble(recipe: Recipe, start: resume.StartingPoint, device: torch.device) 
         device_type=device.type,
     )
     environment.say_each((*environment.notes(recipe), *batch.notes, *sharding.notes))
+    precision = environment.precision(recipe, device)
     composer_adapter.install()
     if sharding.is_sharded:
         check_gradient_average(device)
@@ -114,7 +115,7 @@ def assemble(recipe: Recipe, start: resume.StartingPoint, device: torch.device) 
         run_name=recipe.run_name,
         seed=recipe.seed,
         device="gpu" if device.type == "cuda" else "cpu",
-        precision=environment.precision(recipe, device),
+        precision=precision,
         dist_timeout=recipe.dist_timeout,
         model=model,
         parallelism_config=composer_adapter.parallelism(sharding),
@@ -154,7 +155,7 @@ def assemble(recipe: Recipe, start: resume.StartingPoint, device: torch.device) 
             f"load_path: {start.load_path} is at step {step}, and max_duration {recipe.max_duration} is reached. "
             "Take its weights alone (load_weights_only=true), or train longer."
         )
-    environment.say(environment.summary(recipe, model, batch, sharding, device, step))
+    environment.say(environment.summary(recipe, model, batch, sharding, device, precision, step))
     return trainer
 
 

@@ -46,6 +46,8 @@ def state_of(weights: dict[str, Tensor]) -> dict[str, Any]:
 class Run:
     """A run folder with checkpoints of random weights."""
 
+    PLAIN = PLAIN
+
     def __init__(self, folder: Path, tokenizer: Path):
         self.folder = folder
         self.tokenizer = tokenizer
@@ -79,24 +81,6 @@ class Run:
             recipe={"model": {"name": "mpt_causal_lm", **block}, "tokenizer": {"name": str(self.tokenizer)}},
             tokenizer_fingerprint=fingerprint(str(self.tokenizer)),
         )
-
-
-@pytest.fixture(scope="session")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small byte-level BPE tokenizer as save_pretrained leaves it."""
-    from tokenizers import ByteLevelBPETokenizer
-    from transformers import PreTrainedTokenizerFast
-
-    raw = ByteLevelBPETokenizer()
-    raw.train_from_iterator(
-        ["the quick brown fox jumps over the lazy dog " * 20], 300, special_tokens=["<|endoftext|>"]
-    )
-    folder = tmp_path_factory.mktemp("tokenizer")
-    raw.save(str(folder / "raw.json"))
-    fast = PreTrainedTokenizerFast(tokenizer_file=str(folder / "raw.json"), eos_token="<|endoftext|>")
-    (folder / "raw.json").unlink()
-    fast.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

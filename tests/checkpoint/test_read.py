@@ -144,7 +144,7 @@ def test_names_under_wrappers(run) -> None:
         for n, v in weights.items()
     }
     torch.save({"state": {"model": wrapped}}, path / "full.pt")
-    run.seal(path, {**BLOCK}, 3, "full")
+    run.seal(path, run.PLAIN, 3, "full")
     assert same(read_weights(path)[1], weights)
 
 
@@ -153,24 +153,13 @@ def test_a_tied_head_is_dropped_only_if_it_is_tied(run) -> None:
     state = {f"model.{n}": v for n, v in weights.items()}
     state["model.lm_head.weight"] = weights["transformer.wte.weight"].clone()
     torch.save({"state": {"model": state}}, path / "full.pt")
-    run.seal(path, {**BLOCK}, 3, "full")
+    run.seal(path, run.PLAIN, 3, "full")
     assert same(read_weights(path)[1], weights)
     state["model.lm_head.weight"][5, 5] += 1
     torch.save({"state": {"model": state}}, path / "full.pt")
-    run.seal(path, {**BLOCK}, 3, "full")
+    run.seal(path, run.PLAIN, 3, "full")
     with pytest.raises(UserError, match="an lm_head of its own"):
         read_weights(path)
-
-
-BLOCK = {
-    "d_model": 32,
-    "n_heads": 4,
-    "n_layers": 2,
-    "max_seq_len": 64,
-    "vocab_size": 384,
-    "no_bias": True,
-    "attn_config": {"alibi": True},
-}
 
 
 class TestMalice:
@@ -178,7 +167,7 @@ class TestMalice:
         path, _ = run.save()
         mark = tmp_path / "ran"
         (path / ".metadata").write_bytes(pickle.dumps(Evil(mark)))
-        run.seal(path, {**BLOCK}, 3, "sharded")  # hashes do not help against an author
+        run.seal(path, run.PLAIN, 3, "sharded")  # hashes do not help against an author
         with pytest.raises(UserError, match=r"names `(posix|nt)\.system`"):
             read_weights(path)
         assert not mark.exists()
@@ -190,7 +179,7 @@ class TestMalice:
         owner = b"ctorch.distributed.checkpoint.metadata\nMetadata\n"
         stream = b"\x80\x04cbuiltins\ngetattr\n(" + owner + b"X\x08\x00\x00\x00__init__tR."
         (path / ".metadata").write_bytes(stream)
-        run.seal(path, {**BLOCK}, 3, "sharded")
+        run.seal(path, run.PLAIN, 3, "sharded")
         with pytest.raises(UserError, match="no enum"):
             read_weights(path)
         assert not mark.exists()
@@ -200,7 +189,7 @@ class TestMalice:
         mark = tmp_path / "ran"
         state = {"state": {"model": {f"model.{n}": v for n, v in weights.items()}}, "extra": Evil(mark)}
         torch.save(state, path / "full.pt")
-        run.seal(path, {**BLOCK}, 3, "full")
+        run.seal(path, run.PLAIN, 3, "full")
         with pytest.raises(UserError, match=r"names `(posix|nt)\.system`"):
             read_weights(path)
         assert not mark.exists()
@@ -213,7 +202,7 @@ class TestMalice:
         for info in metadata.storage_data.values():
             info.relative_path = "../../../secret.distcp"
         (path / ".metadata").write_bytes(pickle.dumps(metadata))
-        run.seal(path, {**BLOCK}, 3, "sharded")
+        run.seal(path, run.PLAIN, 3, "sharded")
         with pytest.raises(UserError, match="points outside the checkpoint"):
             read_weights(path)
 
@@ -221,12 +210,12 @@ class TestMalice:
     def test_garbage_is_one_message(self, run, content: bytes) -> None:
         sharded, _ = run.save(step=1)
         (sharded / ".metadata").write_bytes(content)
-        run.seal(sharded, {**BLOCK}, 1, "sharded")
+        run.seal(sharded, run.PLAIN, 1, "sharded")
         with pytest.raises(UserError, match="damaged"):
             read_weights(sharded)
         full, _ = run.save(step=2, kind="full")
         (full / "full.pt").write_bytes(content)
-        run.seal(full, {**BLOCK}, 2, "full")
+        run.seal(full, run.PLAIN, 2, "full")
         with pytest.raises(UserError, match=r"full\.pt: (cannot be read|refused)"):
             read_weights(full)
 
