@@ -3,12 +3,14 @@
 import hashlib
 import json
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from llmtrain.config.base import Config
+from llmtrain.chat_template import NAMED, needed_tokens, template_text
+from llmtrain.config.base import Config, mistake
 from llmtrain.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,15 +25,37 @@ class TokenizerConfig(Config):
     """A name on the Hugging Face hub (`EleutherAI/gpt-neox-20b`), or a local folder with a `tokenizer.json`."""
     kwargs: dict[str, Any] = Field(default_factory=dict)
     """Passed to `AutoTokenizer.from_pretrained`; `model_max_length` is set exactly as given here."""
+    chat_template: str | None = None
+    """How a conversation becomes text: `chatml`, `dolly`, the path of a `.jinja` file, or Jinja text.
+
+    Without it the tokenizer's own template is used, and ChatML where fine-tuning needs one and the tokenizer has none.
+    The tokens that a named template needs are added to the vocabulary where they are missing."""
+    system_prompt: str | None = Field(default=None, min_length=1)
+    """What a named template says as system turn where a conversation has none.
+
+    It is written into the template, so that training, the export and `llmtrain chat` agree."""
+    special_tokens: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Special tokens to add to the vocabulary where they are missing; the embeddings must have room for them."""
+
+    @model_validator(mode="after")
+    def _system_prompt_has_a_place(self) -> Self:
+        if self.system_prompt is not None and self.chat_template not in NAMED:
+            raise mistake(
+                f"A system prompt is written into a named template: set chat_template to one of {', '.join(NAMED)}. "
+                "Any other template says its system turn itself.",
+                "system_prompt",
+            )
+        return self
 
 
 def load_tokenizer(cfg: TokenizerConfig) -> "PreTrainedTokenizerFast":
     """Open a tokenizer through transformers.
 
-    Code from the hub is not run unless `kwargs` says `trust_remote_code: true`.
+    Code from the hub is not run unless `kwargs` says `trust_remote_code: true`. The chat template and the special
+    tokens of the config are part of what is returned: `save_pretrained` writes them.
 
     Raises:
-        UserError: it is not there, is not a fast tokenizer, or has no end-of-text token.
+        UserError: it is not there, is not a fast tokenizer, has no end-of-text token, or the chat template is none.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the loader's forks
     from transformers import AutoTokenizer
@@ -52,7 +76,43 @@ def load_tokenizer(cfg: TokenizerConfig) -> "PreTrainedTokenizerFast":
     if "model_max_length" in cfg.kwargs:
         # transformers may have taken the smaller of this and what the hub says.
         tokenizer.model_max_length = cfg.kwargs["model_max_length"]
+    if cfg.chat_template is not None:
+        tokenizer.chat_template = template_text(cfg.chat_template, cfg.system_prompt)
+    _add_special_tokens(tokenizer, (*needed_tokens(cfg.chat_template), *cfg.special_tokens))
     return tokenizer
+
+
+def with_chat_template(tokenizer: "PreTrainedTokenizerFast") -> "PreTrainedTokenizerFast":
+    """The same tokenizer, given ChatML (and its two special tokens) if it has no chat template."""
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = template_text("chatml")
+        _add_special_tokens(tokenizer, NAMED["chatml"])
+    return tokenizer
+
+
+def tokenizer_size(cfg: TokenizerConfig, *, chat: bool = False) -> int:
+    """Rows that an embedding needs for a tokenizer: its largest id plus one, with the tokens that will be added.
+
+    Light: nothing is opened but its files.
+
+    Args:
+        cfg: The recipe's `tokenizer`.
+        chat: Count as `with_chat_template` leaves it: with the tokens of ChatML if it has no template of its own.
+
+    Raises:
+        UserError: there is no such tokenizer, or it cannot be read.
+    """
+    from tokenizers import AddedToken
+
+    revision = cfg.kwargs.get("revision")
+    raw = load_raw(cfg.name, revision)
+    wanted = list(_named_in_files(cfg, revision))
+    wanted += needed_tokens(cfg.chat_template)
+    wanted += cfg.special_tokens
+    if chat and cfg.chat_template is None and not _has_chat_template(cfg, revision):
+        wanted += NAMED["chatml"]
+    raw.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in wanted])
+    return max(raw.get_vocab(with_added_tokens=True).values()) + 1
 
 
 def load_raw(name: str, revision: str | None = None) -> "Tokenizer":
@@ -110,19 +170,72 @@ def fingerprint(name: str, revision: str | None = None) -> str:
     """
     path = tokenizer_json_path(name, revision)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        model = content["model"]
-        vocab = model["vocab"]
-        if isinstance(vocab, dict):
-            ids = dict(vocab)
-        else:  # Unigram: [[piece, score], ...], the id is the position
-            ids = {piece: number for number, (piece, _) in enumerate(vocab)}
-        ids.update({token["content"]: token["id"] for token in content.get("added_tokens", [])})
-        merges = [merge.split(" ") if isinstance(merge, str) else list(merge) for merge in model.get("merges", [])]
-        meaning = {"type": model.get("type"), "ids": sorted(ids.items()), "merges": merges}
+        return _hash_of_meaning(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, KeyError, TypeError) as problem:
         raise UserError(f"{path} is not a tokenizer.json: {problem!r}") from problem
+
+
+def fingerprint_of(tokenizer: "PreTrainedTokenizerFast") -> str:
+    """The `fingerprint` of an open tokenizer, with the tokens that were added to it.
+
+    Where nothing was added it is the `fingerprint` of the folder or name that the tokenizer came from.
+    """
+    return _hash_of_meaning(json.loads(tokenizer.backend_tokenizer.to_str()))
+
+
+def _hash_of_meaning(content: Mapping[str, Any]) -> str:
+    """Over the content of a `tokenizer.json`; see `fingerprint`."""
+    model = content["model"]
+    vocab = model["vocab"]
+    if isinstance(vocab, dict):
+        ids = dict(vocab)
+    else:  # Unigram: [[piece, score], ...], the id is the position
+        ids = {piece: number for number, (piece, _) in enumerate(vocab)}
+    ids.update({token["content"]: token["id"] for token in content.get("added_tokens", [])})
+    merges = [merge.split(" ") if isinstance(merge, str) else list(merge) for merge in model.get("merges", [])]
+    meaning = {"type": model.get("type"), "ids": sorted(ids.items()), "merges": merges}
     return hashlib.sha256(json.dumps(meaning, ensure_ascii=True).encode()).hexdigest()
+
+
+def _add_special_tokens(tokenizer: "PreTrainedTokenizerFast", tokens: Sequence[str]) -> None:
+    from tokenizers import AddedToken
+
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    missing = [AddedToken(token, special=True, normalized=False) for token in tokens if token not in special]
+    if missing:
+        tokenizer.add_tokens(missing, special_tokens=True)
+
+
+def _named_in_files(cfg: TokenizerConfig, revision: str | None) -> list[str]:
+    """Special tokens that transformers adds when it opens a tokenizer, in case `tokenizer.json` does not have them."""
+    found: dict[str, Any] = {}
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+        found.update(_read_json(cfg.name, file, revision))
+    found.update(cfg.kwargs)
+    tokens = [found[key] for key in sorted(found) if key.endswith("_token") and not key.startswith("add_")]
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        more = found.get(key) or []
+        tokens += more.values() if isinstance(more, dict) else more
+    tokens += (found.get("added_tokens_decoder") or {}).values()
+    texts = (token.get("content") if isinstance(token, dict) else token for token in tokens)
+    return [text for text in texts if isinstance(text, str)]
+
+
+def _has_chat_template(cfg: TokenizerConfig, revision: str | None) -> bool:
+    return bool(
+        cfg.kwargs.get("chat_template")
+        or _find_file(cfg.name, "chat_template.jinja", revision)
+        or _read_json(cfg.name, "tokenizer_config.json", revision).get("chat_template")
+    )
+
+
+def _read_json(name: str, file: str, revision: str | None) -> dict[str, Any]:
+    path = _find_file(name, file, revision)
+    try:
+        content = {} if path is None else json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as problem:
+        raise UserError(f"{path} is not JSON: {problem}") from problem
+    return content if isinstance(content, dict) else {}
 
 
 def _find_file(name: str, file: str, revision: str | None) -> Path | None:
