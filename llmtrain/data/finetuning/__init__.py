@@ -1,0 +1,1 @@
+"""Fine-tuning: conversations -> tokenized examples with a mask -> packed batches."""
