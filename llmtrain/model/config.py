@@ -49,7 +49,8 @@ class AttentionConfig(Config):
     """Head i of n = 2^ceil(log2 n_heads) has slope 2^(-alibi_bias_max * i / n). Released MPT-7B: 8; StoryWriter: 16."""
 
     attn_uses_sequence_id: bool = False
-    """Attend within documents only. Not supported yet: false."""
+    """Attend within documents only, as the batch's `sequence_id` tells them apart: what packed examples need. A row
+    then is the same function as its documents one by one."""
     fused_qkv: bool = True
     """One `Wqkv` projection for queries, keys and values. Only true so far."""
     kv_n_heads: int | None = None
@@ -79,7 +80,6 @@ class AttentionConfig(Config):
 
     @field_validator(
         "attn_type",
-        "attn_uses_sequence_id",
         "fused_qkv",
         "kv_dim",
         "prefix_lm",

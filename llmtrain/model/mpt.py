@@ -16,6 +16,7 @@ from llmtrain.model import alibi
 from llmtrain.model.block import Block
 from llmtrain.model.cache import KVCache
 from llmtrain.model.config import MPTConfig
+from llmtrain.model.documents import causality_is_enough, documents_of, positions_in
 from llmtrain.model.init import init_module
 from llmtrain.model.kernels.interface import Attention, Visibility
 from llmtrain.model.kernels.select import Choice, select
@@ -72,24 +73,30 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer, device) for layer in range(config.n_layers))
         self.norm_f = build_norm(config.norm_type, d, eps=config.norm_eps, bias=not config.no_bias, device=device)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """See MPT.forward."""
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        documents: Tensor | None = None,
+    ) -> Tensor:
+        """See MPT.forward; `documents` (batch, T) are numbers of packed documents, -1 at padding."""
         past = cache.length if cache is not None else 0
         x = self.wte(input_ids)
         if self.config.uses_learned_positions:
-            x = x + self.wpe(self._positions(input_ids, attention_mask, past))
+            x = x + self.wpe(self._positions(input_ids, attention_mask, past, documents))
         fraction = self.config.embedding_fraction
         if fraction != 1.0:
             x = x * fraction + x.detach() * (1.0 - fraction)
         x = self.emb_drop(x)
-        attend = self._attention(x, attention_mask, past)
+        attend = self._attention(x, attention_mask, past, documents)
         for block in self.blocks:
             x = block(x, attend, cache)
         if cache is not None:
             cache.advance(input_ids.shape[1])
         return self.norm_f(x)  # type: ignore[no-any-return]
 
-    def _attention(self, x: Tensor, attention_mask: Tensor | None, past: int) -> Attention:
+    def _attention(self, x: Tensor, attention_mask: Tensor | None, past: int, documents: Tensor | None) -> Attention:
         """The kernel with its bias, once for all layers."""
         kind = x.device.type
         choice = select(self.config.attn_config.attn_impl, kind)
@@ -97,20 +104,35 @@ class Transformer(nn.Module):
             self.choice = choice
             log.info(choice.reason)
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        padding = None if attention_mask is None else attention_mask.bool()
+        padding = None if attention_mask is None or documents is not None else attention_mask.bool()
+        # Padding on the right only: causality hides it, and no (batch, heads, T, T) bias is needed.
         if padding is not None and bool((padding[:, 1:] <= padding[:, :-1]).all()):
-            padding = None  # padding on the right only: causality hides it, and no (batch, heads, T, T) bias is needed
-        seen = Visibility(x.shape[1], past + x.shape[1], x.device, dtype, slopes=self.slopes, padding=padding)
+            padding = None
+        if documents is not None and causality_is_enough(documents):
+            documents = None
+        seen = Visibility(
+            x.shape[1],
+            past + x.shape[1],
+            x.device,
+            dtype,
+            slopes=self.slopes,
+            padding=padding,
+            documents=documents,
+        )
         return Attention(choice.kernel, choice.kernel.prepare(seen))
 
-    def _positions(self, input_ids: Tensor, attention_mask: Tensor | None, past: int) -> Tensor:
-        """Learned positions count real tokens: padding on the left moves nothing."""
+    def _positions(
+        self, input_ids: Tensor, attention_mask: Tensor | None, past: int, documents: Tensor | None
+    ) -> Tensor:
+        """Learned positions count real tokens, in each document anew: padding on the left moves nothing."""
         n = input_ids.shape[1]
         if past + n > self.config.max_seq_len:
             raise UserError(
                 f"max_seq_len: {self.config.max_seq_len} learned positions cannot take {past + n} tokens; "
                 "shorten the input (a model with ALiBi has no such limit)"
             )
+        if documents is not None:
+            return positions_in(documents)
         if attention_mask is None:
             return torch.arange(past, past + n, device=input_ids.device)
         return (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]
@@ -142,6 +164,7 @@ class MPT(nn.Module):
         attention_mask: Tensor | None = None,
         sequence_id: Tensor | None = None,
         cache: KVCache | None = None,
+        last_logits: bool = False,
     ) -> MPTOutput:
         """Logits, or with labels the loss.
 
@@ -149,12 +172,15 @@ class MPT(nn.Module):
             input_ids: (batch, T) int64; with a cache, only the tokens that it has not seen.
             labels: (batch, T) int64, a copy of the input_ids with -100 where the loss does not count; shifted here.
             attention_mask: (batch, T, or cached + T), nonzero for real tokens. Right padding may be left out of it.
-            sequence_id: (batch, T) document numbers. Accepted and not used: attention crosses documents, as with
-                llm-foundry's `attn_uses_sequence_id: false`.
-            cache: keys and values of earlier forwards; extended here.
+            sequence_id: (batch, T) document numbers, -1 at padding. With `attn_uses_sequence_id` a token sees its own
+                document only, learned positions start over in each, and a row is the same function as its documents
+                one by one. Without it, as with llm-foundry, it is not used: attention crosses documents. None is one
+                document a row in either case.
+            cache: keys and values of earlier forwards; extended here. Not together with documents in a row.
+            last_logits: logits of the last position only, (batch, 1, vocab_size): what generation needs of a prompt.
 
-        Raises UserError for more tokens than the kernel or the learned positions can take, ValueError for a mask of
-        another shape, and for a prompt padded on the right together with a cache.
+        Raises UserError for more tokens than the kernel or the learned positions can take, ValueError for a mask or
+        documents of another shape, for a prompt padded on the right together with a cache, and for documents with one.
         """
         past = cache.length if cache is not None else 0
         if attention_mask is not None and attention_mask.shape != (len(input_ids), past + input_ids.shape[1]):
@@ -164,7 +190,17 @@ class MPT(nn.Module):
             )
         if cache is not None and past == 0 and attention_mask is not None and not attention_mask[:, -1].all():
             raise ValueError("generation from padded prompts needs the padding on the left")
-        hidden = self.transformer(input_ids, attention_mask, cache)
+        documents = None
+        if self.config.attn_config.attn_uses_sequence_id and sequence_id is not None:
+            if sequence_id.shape != input_ids.shape or cache is not None:
+                raise ValueError(
+                    f"sequence_id has shape {tuple(sequence_id.shape)}; expected that of input_ids, "
+                    f"{tuple(input_ids.shape)}, and no cache"
+                )
+            documents = documents_of(sequence_id, attention_mask)
+        hidden = self.transformer(input_ids, attention_mask, cache, documents)
+        if last_logits:
+            hidden = hidden[:, -1:]
         factor = self.config.logit_factor
         if factor is not None:
             hidden = hidden * factor  # scales the logits, and d_model numbers a token instead of vocab_size

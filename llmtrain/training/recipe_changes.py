@@ -11,6 +11,7 @@ FREE_MODEL_KEYS = {
     ("emb_pdrop",),
     ("attn_config", "attn_pdrop"),
     ("attn_config", "attn_impl"),
+    ("attn_config", "attn_uses_sequence_id"),  # a single document is the same function with it and without
     ("init_config",),
     ("init_device",),
     ("loss_fn",),
@@ -71,6 +72,9 @@ def check_run(saved: dict[str, Any], now: dict[str, Any], checkpoint: Path) -> l
                 "Change it back, or start a new run with load_path=... load_weights_only=true and another run_name."
             )
     lines = []
+    sees = ("attn_config", "attn_uses_sequence_id")
+    if sees in (changed := differences(saved.get("model"), now.get("model"))):
+        lines.append(f"warning: not as in {checkpoint.name}: {_text({sees: changed[sees]}, 'model')}")
     for key in WATCHED:
         changed = differences(saved.get(key), now.get(key))
         if changed:

@@ -33,8 +33,9 @@ def nothing_left(folder: Path) -> bool:
         {"d_model": 60, "n_heads": 5},
         {"attn_config": {"alibi": True, "clip_qkv": 1, "softmax_scale": 0.3, "attn_pdrop": 0.1}, "norm_eps": 1e-4},
         {"norm_type": "layernorm", "resid_pdrop": 0.1, "embedding_fraction": 0.1, "max_seq_len": 20},
+        {"attn_config": {"alibi": True, "attn_uses_sequence_id": True}},
     ],
-    ids=["plain", "untied", "five-heads", "clip-scale-eps", "short"],
+    ids=["plain", "untied", "five-heads", "clip-scale-eps", "short", "packed"],
 )
 def test_transformers_opens_the_same_function(run, tmp_path: Path, kind: str, model: dict) -> None:
     _, weights = run.save(kind=kind, **model)
@@ -347,6 +348,7 @@ class TestReadingHuggingFaceFolders:
                 "attn_impl": "torch",
                 "clip_qkv": 6,
                 "prefix_lm": False,
+                "attn_uses_sequence_id": True,
             },
             "d_model": 64,
             "n_heads": 4,
@@ -358,6 +360,7 @@ class TestReadingHuggingFaceFolders:
         }
         config = from_hugging_face(data, "config.json")
         assert (config.attn_config.alibi_bias_max, config.attn_config.clip_qkv) == (16, 6)
+        assert config.attn_config.attn_uses_sequence_id
         with pytest.raises(UserError, match=r"unclear which function is meant.*alibi_bias_max: 16"):
             from_hugging_face({**data, "architectures": ["MptForCausalLM"]}, "config.json")
 

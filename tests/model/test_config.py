@@ -86,11 +86,6 @@ def test_a_released_config_is_accepted() -> None:
         ({"attn_config": {"alibi_bias": 8}}, ("attn_config", "alibi_bias"), "Extra inputs"),
         ({"norm_type": "batchnorm"}, ("norm_type",), "layernorm"),
         ({"attn_config": {"attn_impl": "flash"}}, ("attn_config", "attn_impl"), "'flash' is not supported yet"),
-        (
-            {"attn_config": {"attn_uses_sequence_id": True}},
-            ("attn_config", "attn_uses_sequence_id"),
-            "not supported yet",
-        ),
         ({"attn_config": {"rope": True}}, ("attn_config", "rope"), "True is not supported yet.*false"),
         ({"attn_config": {"sliding_window_size": 512}}, ("attn_config", "sliding_window_size"), "set it to -1"),
         ({"attn_config": {"kv_n_heads": 4}}, (), "kv_n_heads: 4 is not supported yet"),

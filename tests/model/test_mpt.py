@@ -217,8 +217,8 @@ def test_learned_positions_have_an_end() -> None:
     assert logits(build(), tokens(1, 65)).shape == (1, 65, VOCAB)  # ALiBi has none
 
 
-@pytest.mark.parametrize("sequence_id", [None, torch.zeros(2, 9, dtype=torch.int64)])
-def test_sequence_id_is_accepted(sequence_id: Tensor | None) -> None:
+@pytest.mark.parametrize("sequence_id", [None, torch.arange(18).reshape(2, 9) // 4])
+def test_sequence_id_is_accepted_and_not_used_unless_asked_for(sequence_id: Tensor | None) -> None:
     model, ids = build(), tokens(2, 9)
     torch.testing.assert_close(logits(model, ids, sequence_id=sequence_id), logits(model, ids))
 

@@ -34,6 +34,12 @@ def test_what_leaves_the_function_alone_may_change() -> None:
     assert check_run(SAVED, changed(model=model), HERE) == []
 
 
+def test_what_examples_see_of_each_other_may_change_and_is_said() -> None:
+    model = {**SAVED["model"], "attn_config": {"alibi": True, "attn_impl": "auto", "attn_uses_sequence_id": True}}  # type: ignore[dict-item]
+    (line,) = check_run(SAVED, changed(model=model), HERE)
+    assert "model.attn_config.attn_uses_sequence_id None -> True" in line
+
+
 def test_another_function_is_refused_by_key() -> None:
     model = {**SAVED["model"], "attn_config": {"alibi": False, "attn_impl": "auto"}}  # type: ignore[dict-item]
     with pytest.raises(UserError, match=r"model.attn_config.alibi True -> False"):
