@@ -2,18 +2,17 @@
 
 import ast
 import glob
-import gzip
 import hashlib
 import json
 import sysconfig
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
+from llmtrain.compressed import bare_suffix, open_bytes
 from llmtrain.errors import UserError
 from llmtrain.prep.config import SourceConfig
-from llmtrain.prep.zstd_file import open_zstd
 
 
 class Document(NamedTuple):
@@ -95,10 +94,10 @@ def _expand(pattern: str) -> str:
 
 
 def _read(path: Path, source: SourceConfig) -> Iterator[tuple[str, str]]:
-    bare = path.with_suffix("") if path.suffix in {".gz", ".zst"} else path
+    suffix = bare_suffix(path)
     kind = source.format
     if kind == "auto":
-        kind = "jsonl" if bare.suffix in {".jsonl", ".json"} else "parquet" if bare.suffix == ".parquet" else "text"
+        kind = "jsonl" if suffix in {".jsonl", ".json"} else "parquet" if suffix == ".parquet" else "text"
     if kind == "parquet":
         return _parquet(path, source.text_column)
     if kind == "jsonl":
@@ -106,16 +105,8 @@ def _read(path: Path, source: SourceConfig) -> Iterator[tuple[str, str]]:
     return _python_literals(path) if kind == "python_literals" else iter([(_text(path), str(path))])
 
 
-def _open(path: Path) -> IO[bytes]:
-    if path.suffix == ".gz":
-        return gzip.open(path)  # type: ignore[return-value]
-    if path.suffix == ".zst":
-        return open_zstd(path)
-    return path.open("rb")
-
-
 def _text(path: Path) -> str:
-    with _open(path) as file:
+    with open_bytes(path) as file:
         data = file.read()
     try:
         return data.decode("utf-8-sig")
@@ -127,7 +118,7 @@ def _text(path: Path) -> str:
 
 
 def _jsonl(path: Path, column: str) -> Iterator[tuple[str, str]]:
-    with _open(path) as file:
+    with open_bytes(path) as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue

@@ -1,5 +1,6 @@
-"""Reading `.zst` files to their end or not at all."""
+"""Files that may be compressed (`.gz`, `.zst`), read to their end or not at all."""
 
+import gzip
 import io
 from pathlib import Path
 from typing import IO
@@ -7,6 +8,23 @@ from typing import IO
 import zstandard
 
 _CHUNK = 1 << 17
+
+
+def open_bytes(path: Path) -> IO[bytes]:
+    """Open a file for reading; `.gz` and `.zst` are decompressed.
+
+    Raises:
+        EOFError: While reading: a compressed file is truncated.
+        OSError: It cannot be read, or, while reading, it is damaged.
+    """
+    if path.suffix == ".gz":
+        return gzip.open(path)  # type: ignore[return-value]
+    return open_zstd(path) if path.suffix == ".zst" else path.open("rb")
+
+
+def bare_suffix(path: Path) -> str:
+    """The suffix, that of a compression left out: `.jsonl` of `x.jsonl.gz`."""
+    return path.with_suffix("").suffix if path.suffix in {".gz", ".zst"} else path.suffix
 
 
 def open_zstd(path: Path) -> IO[bytes]:
