@@ -200,6 +200,10 @@ class MPTConfig(Config):
 
     name: Literal["mpt_causal_lm"] = "mpt_causal_lm"
     """Which model this section describes."""
+    pretrained: str | None = None
+    """Start from these weights when the run has no checkpoint of its own: a run, a checkpoint, a `.pt` file, a Hugging
+    Face MPT folder of either layout, a hub name, or a folder in an object store. Shapes that are left out are taken
+    from there; the vocabulary may grow."""
     d_model: PositiveInt = 2048
     """Width of the residual stream."""
     n_heads: PositiveInt = 16

@@ -22,7 +22,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
 
     def prepare(data: dict[str, Any]) -> dict[str, Any]:
-        data = spread_length(data)
+        data = keep_packed_examples_apart(name_components(spread_length(data)))
         if not data.get("run_name"):
             data["run_name"] = os.environ.get("RUN_NAME") or Path(path).stem
         return data
@@ -42,11 +42,35 @@ def spread_length(data: dict[str, Any]) -> dict[str, Any]:
         if tokenizer.get("kwargs") is None:
             tokenizer["kwargs"] = {}
         _default(tokenizer["kwargs"], "model_max_length", length)
-    evaluation = data.get("eval_loader")
-    for loader in [data.get("train_loader"), *(evaluation if isinstance(evaluation, list) else [evaluation])]:
-        if isinstance(loader, dict):
-            _default(loader.get("dataset"), "max_seq_len", length)
+    for loader in _loaders(data):
+        _default(loader.get("dataset"), "max_seq_len", length)
     return data
+
+
+def name_components(data: dict[str, Any]) -> dict[str, Any]:
+    """A model without a `name` is MPT, a loader without one reads text, as before there was another kind."""
+    _default(data.get("model"), "name", "mpt_causal_lm")
+    for loader in _loaders(data):
+        _default(loader, "name", "text")
+    return data
+
+
+def keep_packed_examples_apart(data: dict[str, Any]) -> dict[str, Any]:
+    """Where a loader packs several examples into a row, the model's attention stays within each of them."""
+    model = data.get("model")
+    datasets = [loader.get("dataset") for loader in _loaders(data) if loader.get("name") == "finetuning"]
+    packed = any(isinstance(d, dict) and (d.get("packing") or d.get("packing_ratio")) for d in datasets)
+    if packed and isinstance(model, dict) and model.get("name") == "mpt_causal_lm":
+        if model.get("attn_config") is None:
+            model["attn_config"] = {}
+        _default(model["attn_config"], "attn_uses_sequence_id", True)
+    return data
+
+
+def _loaders(data: dict[str, Any]) -> list[dict[str, Any]]:
+    evaluation = data.get("eval_loader")
+    found = [data.get("train_loader"), *(evaluation if isinstance(evaluation, list) else [evaluation])]
+    return [loader for loader in found if isinstance(loader, dict)]
 
 
 def _counts(value: Any) -> bool:

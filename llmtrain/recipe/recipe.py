@@ -8,6 +8,8 @@ from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, field_v
 from llmtrain.config.base import Config, mistake
 from llmtrain.config.durations import Interval, RunLength, Span
 from llmtrain.data.config import TextLoaderConfig
+from llmtrain.data.finetuning.config import FinetuningLoaderConfig
+from llmtrain.hf_model.config import HFConfig
 from llmtrain.model.config import MPTConfig
 from llmtrain.recipe.legacy import ADVICE, MICROBATCH_AUTO
 from llmtrain.tokenizer import TokenizerConfig
@@ -18,11 +20,11 @@ from llmtrain.training.loggers import LoggersConfig
 from llmtrain.training.optimizers import DecoupledLionWConfig, OptimizerConfig
 from llmtrain.training.schedulers import SchedulerConfig, units_problem
 
-ModelConfig = MPTConfig
-"""What may stand under `model`; becomes a union discriminated by `name` when there is a second kind."""
+ModelConfig = Annotated[MPTConfig | HFConfig, Field(discriminator="name")]
+"""What may stand under `model`; `name` says which of them it is (loading takes MPT when it is left out)."""
 
-TrainLoader = TextLoaderConfig
-"""What may stand under `train_loader`; becomes a union discriminated by `name` when there is a second kind."""
+TrainLoader = Annotated[TextLoaderConfig | FinetuningLoaderConfig, Field(discriminator="name")]
+"""What may stand under `train_loader`."""
 
 
 class TextEvalLoader(TextLoaderConfig):
@@ -32,6 +34,19 @@ class TextEvalLoader(TextLoaderConfig):
     """Name of the evaluator; needed when there are several."""
     drop_last: bool = False
     """Drop the last batch when it is not full. Evaluation sees every row."""
+
+
+class FinetuningEvalLoader(FinetuningLoaderConfig):
+    """An evaluation loader: a fine-tuning loader with a label. The loss is that of the trained tokens."""
+
+    label: str | None = None
+    """Name of the evaluator; needed when there are several."""
+    drop_last: bool = False
+    """Drop the last batch when it is not full. Evaluation sees every example."""
+
+
+EvalLoader = Annotated[TextEvalLoader | FinetuningEvalLoader, Field(discriminator="name")]
+"""What may stand under `eval_loader`."""
 
 
 def _as_list(value: Any) -> Any:
@@ -158,7 +173,7 @@ class Recipe(Config):
     # Data
     train_loader: TrainLoader
     """Training data."""
-    eval_loader: Annotated[tuple[TextEvalLoader, ...], BeforeValidator(_as_list)] = ()
+    eval_loader: Annotated[tuple[EvalLoader, ...], BeforeValidator(_as_list)] = ()
     """Evaluation data: one loader, or a list of them with a `label` each."""
     train_subset_num_batches: int = Field(default=-1, ge=-1)
     """Batches of an epoch that are used; -1 is all."""
@@ -241,9 +256,15 @@ class Recipe(Config):
             return self.autoresume
         return self.save_folder is not None and not self.save_overwrite and not self.save_weights_only
 
-    def evaluators(self) -> dict[str, TextEvalLoader]:
+    def evaluators(self) -> dict[str, EvalLoader]:
         """Label -> loader: `eval` for a single one without label, else `eval/LABEL`."""
         return {f"eval/{loader.label}" if loader.label else "eval": loader for loader in self.eval_loader}
+
+    def finetuning_loaders(self) -> dict[str, FinetuningLoaderConfig]:
+        """Key in the recipe -> loader, of those that read conversations."""
+        loaders = {"train_loader": self.train_loader}
+        loaders |= {f"eval_loader.{index}": loader for index, loader in enumerate(self.eval_loader)}
+        return {key: loader for key, loader in loaders.items() if isinstance(loader, FinetuningLoaderConfig)}
 
     @field_validator("device_train_microbatch_size", mode="before")
     @classmethod
@@ -298,6 +319,31 @@ class Recipe(Config):
                     f"Sequences of {dataset.max_seq_len} tokens do not fit the model's max_seq_len of {limit}. Set the "
                     "top-level `max_seq_len` alone and remove the others.",
                     f"{name}.dataset.max_seq_len",
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _packed_examples_are_apart(self) -> Self:
+        if isinstance(self.model, MPTConfig) and not self.model.attn_config.attn_uses_sequence_id:
+            for key, loader in self.finetuning_loaders().items():
+                if loader.dataset.packs:
+                    raise mistake(
+                        f"`{key}` packs several examples into a row, and with false they would see each other. Leave "
+                        "this key out, or set it to true.",
+                        "model.attn_config.attn_uses_sequence_id",
+                    )
+        return self
+
+    @model_validator(mode="after")
+    def _starts_once(self) -> Self:
+        if isinstance(self.model, MPTConfig) and self.model.pretrained is not None:
+            if self.load_path is not None:
+                raise mistake("`model.pretrained` names a starting point, too. Keep one of the two.", "load_path")
+            if self.model.init_device == "meta":
+                raise mistake(
+                    "`model.pretrained` is read before the model is sharded: write `mixed` (rank 0 reads, the others "
+                    "receive their shards).",
+                    "model.init_device",
                 )
         return self
 

@@ -81,3 +81,21 @@ def test_loading_is_light(write) -> None:
     done = subprocess.run([sys.executable, "-c", program, str(write())], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 1.0  # of CPU; about 0.5
+
+
+def test_packed_examples_are_kept_apart_without_being_asked(write) -> None:
+    loader = {"name": "finetuning", "dataset": {"files": "x.jsonl", "packing": True}}
+    assert load_recipe(write(train_loader=loader)).model.attn_config.attn_uses_sequence_id
+    ratio = {"name": "finetuning", "dataset": {"files": "x.jsonl", "packing_ratio": "auto"}}
+    assert load_recipe(write(train_loader=ratio)).model.attn_config.attn_uses_sequence_id
+    plain = {"name": "finetuning", "dataset": {"files": "x.jsonl"}}
+    assert not load_recipe(write(train_loader=plain)).model.attn_config.attn_uses_sequence_id
+
+
+def test_packed_examples_may_not_see_each_other(write) -> None:
+    loader = {"name": "finetuning", "dataset": {"files": "x.jsonl", "packing": True}}
+    model = {"d_model": 32, "n_heads": 2, "n_layers": 1, "attn_config": {"attn_uses_sequence_id": False}}
+    with pytest.raises(
+        ConfigError, match=r"model\.attn_config\.attn_uses_sequence_id: false\n.*they would see each other"
+    ):
+        load_recipe(write(train_loader=loader, model=model))
