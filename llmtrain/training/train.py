@@ -4,25 +4,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from composer import Evaluator, Trainer
-from composer.core import DataSpec
+from composer import Trainer
 from composer.utils import dist
 
 from llmtrain.checkpoint.read import read_weights
-from llmtrain.data.batch import tokens_in_batch
-from llmtrain.data.config import TextLoaderConfig
-from llmtrain.data.text import build_text_loader
 from llmtrain.errors import UserError
 from llmtrain.model.mpt import MPT
 from llmtrain.recipe.batch import batch_plan
 from llmtrain.recipe.recipe import Recipe
-from llmtrain.tokenizer import fingerprint, load_tokenizer
+from llmtrain.tokenizer import fingerprint_of
 from llmtrain.training import composer_adapter, environment, resume
 from llmtrain.training.agreement import from_rank_zero
 from llmtrain.training.algorithms import build_algorithms
 from llmtrain.training.callbacks import build_callbacks
 from llmtrain.training.checkpoint_saver import CheckpointSaver, free_space_warning
 from llmtrain.training.console import Console
+from llmtrain.training.data import Loaders, open_tokenizer
 from llmtrain.training.fsdp import ShardingPlan, translate
 from llmtrain.training.gradient_check import check_gradient_average
 from llmtrain.training.language_model import LanguageModel
@@ -80,29 +77,15 @@ def assemble(recipe: Recipe, start: resume.StartingPoint, device: torch.device) 
     if sharding.is_sharded:
         check_gradient_average(device)
 
-    tokenizer, tokenizer_hash = load_tokenizer(recipe.tokenizer), fingerprint(recipe.tokenizer.name)
+    tokenizer = open_tokenizer(recipe)
     from_rank_zero(lambda: run.create(environment.recipe_yaml(recipe), tokenizer, anew=start.step == 0))
-
-    def data(loader: TextLoaderConfig, device_batch_size: int, **how: Any) -> DataSpec:
-        batches = build_text_loader(
-            loader,
-            eos_token_id=tokenizer.eos_token_id,
-            tokenizer_fingerprint=tokenizer_hash,
-            vocab_size=recipe.model.vocab_size,
-            device_batch_size=device_batch_size,
-            **how,
-        )
-        return DataSpec(batches, get_num_tokens_in_batch=tokens_in_batch)
-
-    train_data = data(recipe.train_loader, batch.device_batch_size, epoch_batches=recipe.train_subset_num_batches)
-    evaluators = [
-        Evaluator(label=label, dataloader=data(loader, batch.device_eval_batch_size, evaluation=True))
-        for label, loader in recipe.evaluators().items()
-    ]
+    loaders = Loaders(recipe, tokenizer, batch)
+    train_data, evaluators = loaders.train(), loaders.evaluators()
+    loaders.show(train_data, run.path)
     model = build_model(recipe, sharding, start.weights)
     optimizer = build_optimizer(recipe.optimizer, model)
 
-    saver = build_saver(recipe, tokenizer_hash, model, start)
+    saver = build_saver(recipe, fingerprint_of(tokenizer), model, start)
     preemption = Preemption(saver)
     restore_rng = composer_adapter.RestoreRNG()
     # The order matters: the random state is restored first; a stop saves before the saver looks whether it is due.
