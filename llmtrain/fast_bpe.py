@@ -1,0 +1,247 @@
+"""Byte-level BPE through tiktoken's Rust core: the ids of `tokenizers`, several times cheaper.
+
+Both libraries merge the pair of least rank first; what differs is bookkeeping (`tokenizers` keeps offsets, normalised
+text and a cache, and hands out Python lists). `open_fast` translates a tokenizer where that can be done exactly, and
+checks the translation before anyone uses it. Imports neither torch nor transformers.
+"""
+
+import json
+import logging
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+log = logging.getLogger(__name__)
+
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+"""How GPT-2, and `ByteLevel` in `tokenizers`, cuts text before merging."""
+
+_LONGEST_PIECE = 4_000
+"""Characters without white space from which a text is left to `tokenizers`: tiktoken's merging can be quadratic."""
+_LONG_PIECE = re.compile(rf"\S{{{_LONGEST_PIECE}}}|\s{{{_LONGEST_PIECE}}}")
+
+# Where the two libraries' regular expressions may differ: white space of every kind, letters, numbers and marks of
+# several scripts, contractions, control characters, ends of lines, emoji, runs of spaces as long as any added token.
+_SAMPLE = (
+    "",
+    " ",
+    "It's we'll THEY'RE I'd you've 'tis don't\tDON'T",
+    "def f(x):\n    return x ** 2  # naïve\r\n\r\n\t\tpass\n\n\n",
+    "1234567890 3.14159 1,000,000 ⅻ ² ٣٤ 一二三 x1y2",
+    "ünïcödé Straße ΑΒΓ ёж 漢字かな交じり文 한국어 العربية हिन्दी ไทย",
+    "e\u0301 \u1e69 s\u0323\u0307 \ufb01 \u212b \u00a0\u2003\u3000\u200b",
+    "a\u2028\u2029\u0085\u180e\ufeff|\x1c\x1d\x1e\x1f\x0b\x0c\x00",
+    "🙂 👩\u200d👩\u200d👧 🏳\ufe0f\u200d🌈 …—“”‘’«» $€£ <a href='x'>&amp;</a> {{x}} {% y %}",
+    *("x" + " " * n + "y" + "\n" + " " * n + "z" + " " * n for n in range(1, 34)),
+    *("\t" * n + "a" + "\n" * n + " b" + " \n" * n for n in range(1, 5)),
+)
+
+
+class FastBPE:
+    """A translated tokenizer; made by `open_fast`."""
+
+    def __init__(self, raw: "Tokenizer", spec: Mapping[str, Any], *, special: bool) -> None:
+        import tiktoken
+
+        spelled = _Spelling(spec)
+        # Added tokens are cut out of the text before merging. tiktoken calls all such tokens special.
+        cut = {
+            token["content"]: token["id"]
+            for token in spec["added_tokens"]
+            if token["content"] not in spelled.space_runs and (special or not token["special"])
+        }
+        self.merged_tokens = spelled.merged_tokens
+        self._raw = raw
+        self._nfc = spelled.nfc
+        self._cut = frozenset(cut)
+        ranks = spelled.ranks
+        numbers = {text: len(ranks) + n for n, text in enumerate(cut)}
+        self._core = tiktoken.Encoding(
+            "llmtrain", pat_str=spelled.pattern, mergeable_ranks=ranks, special_tokens=numbers
+        )
+        self._ids = np.array([*spelled.ids, *cut.values()], dtype=np.uint32)
+
+    def encode(self, text: str) -> NDArray[np.uint32]:
+        """The ids of a text, (n,): those of `tokenizers` without the tokens that a post-processor adds.
+
+        Raises:
+            UnicodeEncodeError: the text holds half a surrogate pair.
+        """
+        if not text.isascii():
+            text.encode()  # tiktoken would mend half a surrogate pair in its own way; `tokenizers` refuses it
+            if self._nfc:
+                text = unicodedata.normalize("NFC", text)
+        if len(text) >= _LONGEST_PIECE and _LONG_PIECE.search(text):
+            return np.array(self._raw.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+        return self._ids[self._core.encode_to_numpy(text, allowed_special=self._cut, disallowed_special=())]
+
+
+def open_fast(tokenizer: "Tokenizer", *, special: bool = True) -> FastBPE | None:
+    """The tokenizer on tiktoken's core, or None (said in one line of log) where the ids could differ.
+
+    Checked are the parts of the pipeline, that each token's own spelling merges into that token, and the ids of a
+    sample made of what the two libraries may see differently.
+
+    Args:
+        tokenizer: A byte-level BPE tokenizer, without truncation and padding. It must not change afterwards.
+        special: Whether the text of a special token becomes that token. False takes it for ordinary text, as
+            `tokenizers` does under `encode_special_tokens = True`.
+    """
+    from tokenizers import Tokenizer
+
+    spec = json.loads(tokenizer.to_str())
+    raw = Tokenizer.from_str(tokenizer.to_str())
+    raw.encode_special_tokens = not special
+    try:
+        fast = FastBPE(raw, spec, special=special)
+        _check(fast, raw, spec)
+    except (_Unlike, ImportError) as reason:
+        log.info("tokenising with `tokenizers`, not with tiktoken's faster core: %s", reason)
+        return None
+    return fast
+
+
+class _Unlike(Exception):
+    """Why a tokenizer cannot be translated."""
+
+
+class _Spelling:
+    """A `tokenizer.json` in tiktoken's terms."""
+
+    nfc: bool
+    pattern: str
+    space_runs: frozenset[str]
+    """Added tokens that are nothing but spaces."""
+    ranks: dict[bytes, int]
+    """Bytes of a token -> when it is merged."""
+    ids: list[int]
+    """rank -> id."""
+    merged_tokens: list[str]
+    """Tokens that merging makes, in the alphabet of `vocab`."""
+
+    def __init__(self, spec: Mapping[str, Any]) -> None:
+        model = spec["model"]
+        if model.get("type") != "BPE":
+            raise _Unlike(f"its model is {model.get('type')}, not BPE")
+        for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
+            if model.get(key):
+                raise _Unlike(f"its model has {key}")
+        for token in spec["added_tokens"]:
+            if token["lstrip"] or token["rstrip"] or token["single_word"]:
+                raise _Unlike(f"the added token {token['content']!r} takes part of its surroundings")
+        self.nfc = _is_nfc(spec["normalizer"])
+        for token in spec["added_tokens"]:
+            if self.nfc and unicodedata.normalize("NFC", token["content"]) != token["content"]:
+                raise _Unlike(f"the added token {token['content']!r} is changed by normalisation")
+        runs = {token["content"]: token["id"] for token in spec["added_tokens"] if _is_run_of_spaces(token)}
+        self.space_runs = frozenset(runs)
+        self.pattern = _pattern(spec["pre_tokenizer"], self.space_runs)
+        self._fill_ranks(model, {token["content"] for token in spec["added_tokens"]}, runs)
+
+    def _fill_ranks(self, model: Mapping[str, Any], added: set[str], runs: Mapping[str, int]) -> None:
+        byte_of = _byte_of_character()
+        vocab = model["vocab"]
+        merged = []
+        for merge in model["merges"]:
+            left, right = merge.split(" ") if isinstance(merge, str) else merge
+            merged.append(left + right)
+        # dict.fromkeys: where two merges make one token, the first counts.
+        order = dict.fromkeys([*sorted(byte_of, key=lambda c: byte_of[c]), *merged])
+        try:
+            self.ids = [vocab[token] for token in order]
+            self.ranks = {bytes(byte_of[c] for c in token): rank for rank, token in enumerate(order)}
+            self.merged_tokens = list(order)
+        except KeyError as missing:
+            raise _Unlike(f"{missing} is not in its byte-level alphabet or vocabulary") from None
+        unreachable = [token for token in vocab if token not in order and token not in added]
+        if unreachable and model.get("ignore_merges"):
+            raise _Unlike(f"no merge makes {unreachable[0]!r}")
+        # The pattern gives every run of spaces as a piece of its own and no other piece has two spaces side by side,
+        # so the rank of a run of spaces can stand for the added token, and be made up where there is none.
+        for run, number in runs.items():
+            rank = self.ranks.setdefault(run.encode(), len(self.ids))
+            if rank == len(self.ids):
+                self.ids.append(number)
+            else:
+                self.ids[rank] = number
+
+
+def _is_nfc(normalizer: Mapping[str, Any] | None) -> bool:
+    if normalizer is None:
+        return False
+    if normalizer["type"] == "Sequence":
+        parts = [_is_nfc(part) for part in normalizer["normalizers"]]  # all of them: each may raise
+        return any(parts)
+    if normalizer["type"] != "NFC":
+        raise _Unlike(f"its normalizer is {normalizer['type']}")
+    return True
+
+
+def _pattern(pre_tokenizer: Mapping[str, Any] | None, space_runs: frozenset[str]) -> str:
+    """The regular expression that cuts text before merging, with runs of spaces cut out first."""
+    match pre_tokenizer:
+        case {"type": "ByteLevel", "add_prefix_space": False, **rest} if rest.get("use_regex", True):
+            pattern = GPT2_PATTERN
+        case {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
+                {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+            ],
+        }:
+            pass
+        case _:
+            raise _Unlike("its pre-tokenizer is not byte-level, or adds spaces")
+    if not pattern.endswith(r"|\s+(?!\S)|\s+"):
+        raise _Unlike("its pre-tokenizer's pattern may leave text out")
+    if not space_runs:
+        return pattern
+    longest = max(map(len, space_runs))
+    if pattern != GPT2_PATTERN or {len(run) for run in space_runs} != set(range(2, longest + 1)):
+        raise _Unlike("it has added tokens of spaces other than GPT-NeoX's")
+    # `tokenizers` cuts the longest runs out first and then looks at what is between them. Here one expression does
+    # both: a run comes first, and white space in general stops where one begins.
+    white = r"(?:[^\S ]| (?! ))+"
+    words = pattern.removesuffix(r"|\s+(?!\S)|\s+")
+    return rf" {{2,{longest}}}|{words}|{white}(?!\S)|{white}"
+
+
+def _is_run_of_spaces(token: Mapping[str, Any]) -> bool:
+    return not token["special"] and len(token["content"]) > 1 and set(token["content"]) == {" "}
+
+
+def _check(fast: FastBPE, raw: "Tokenizer", spec: Mapping[str, Any]) -> None:
+    """Raises _Unlike: an id differs.
+
+    `tokenizers` merges a pair that is in its list, tiktoken any pair whose bytes make up a token. That is the same if
+    each token's own spelling merges into the token: then the last pair before it is always the same, in any context.
+    """
+    if not spec["model"].get("ignore_merges"):  # under it, a word that is a token is not merged at all
+        for token in fast.merged_tokens:
+            if len(raw.model.tokenize(token)) != 1:
+                raise _Unlike(f"merging the characters of {token!r} does not give that token")
+    texts = [*_SAMPLE, *_specials(spec)]
+    texts += [" ".join(texts), "".join(texts)]
+    for text, expected in zip(texts, raw.encode_batch(texts, add_special_tokens=False), strict=True):
+        if not np.array_equal(fast.encode(text), np.array(expected.ids, dtype=np.uint32)):
+            raise _Unlike(f"the ids of {text[:40]!r} differ")
+
+
+def _specials(spec: Mapping[str, Any]) -> Iterable[str]:
+    return [f"a{token['content']}b {token['content']} \n" for token in spec["added_tokens"]]
+
+
+def _byte_of_character() -> dict[str, int]:
+    """GPT-2's alphabet: each byte as a printable character; those that are not printable moved above 255."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    alphabet = {chr(byte): byte for byte in printable}
+    moved = (byte for byte in range(256) if byte not in printable)
+    alphabet.update({chr(256 + n): byte for n, byte in enumerate(moved)})
+    return alphabet
