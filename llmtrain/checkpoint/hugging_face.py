@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from llmtrain.checkpoint.fetch import TOKENIZER_FILES
 from llmtrain.checkpoint.hugging_face_config import from_hugging_face, refuse_inexpressible, to_hugging_face
 from llmtrain.checkpoint.names import check_shapes, strip_wrappers
 from llmtrain.checkpoint.unpickle import load_full
@@ -16,16 +17,6 @@ from llmtrain.errors import UserError
 from llmtrain.model.config import MPTConfig
 
 MAX_SHARD_SIZE = "5GB"
-# Everything else that may lie in a tokenizer's folder (code above all) stays there.
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "merges.txt",
-)
 
 
 def is_hugging_face_folder(path: Path) -> bool:
@@ -91,7 +82,7 @@ def copy_tokenizer(source: Path, target: Path, vocab_size: int) -> dict[str, int
             f"{source}: the tokenizer has ids up to {size - 1:,}, but the model only {vocab_size:,} embeddings: they "
             "do not belong together."
         )
-    for name in _TOKENIZER_FILES:
+    for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
     ids: dict[str, int | None] = {}

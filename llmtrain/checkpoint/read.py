@@ -1,6 +1,7 @@
 """Weights out of a training checkpoint: sharded or full, ours or another Composer trainer's (llm-foundry)."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ _SHARDED_PREFIX = "state.model."
 
 
 def read_weights(
-    path: Path, *, recipe: Path | None = None, verified: bool = False
+    path: Path, *, recipe: Path | None = None, verified: bool = False, otherwise: MPTConfig | None = None
 ) -> tuple[MPTConfig, dict[str, Tensor]]:
     """Read the model, and only the model, of a checkpoint: on the CPU, in the dtype that was saved.
 
@@ -33,6 +34,8 @@ def read_weights(
         path: A checkpoint folder or ``.pt`` file, or anything else that :func:`locate` understands.
         recipe: The YAML file with the model's config; needed where the checkpoint does not carry one.
         verified: The caller has just compared the files with the manifest.
+        otherwise: The model to assume where the checkpoint does not say which it holds; with as many embeddings as the
+            checkpoint has.
 
     Returns:
         The config, and the parameters by MPT's own names (``transformer.wte.weight``, ...), complete and of the
@@ -45,12 +48,12 @@ def read_weights(
     folder = source if source.is_dir() else source.parent
     # A path that `locate` replaced is the newest complete checkpoint of a run: it was hashed to find that out.
     content = _manifest(folder, source, verified=verified or source != path)
-    config = _config(source, content, recipe)
+    data = content.recipe if content is not None and recipe is None else recipe_of(source, recipe)
+    config = otherwise if data is None and otherwise is not None else _config(source, data)
+    any_rows = config is otherwise
     if source.is_dir() and (content is None or content.kind == "sharded"):
-        tensors = _read_sharded(source, config)
-    else:
-        tensors = _read_full(source if source.is_file() else _full_file(folder, content), config)
-    return config, tensors
+        return _read_sharded(source, config, any_rows)
+    return _read_full(source if source.is_file() else _full_file(folder, content), config, any_rows)
 
 
 def recipe_of(path: Path, recipe: Path | None = None) -> dict[str, Any] | None:
@@ -88,8 +91,7 @@ def _manifest(folder: Path, source: Path, *, verified: bool) -> manifest.Manifes
     return manifest.read(folder)
 
 
-def _config(source: Path, content: manifest.Manifest | None, recipe: Path | None) -> MPTConfig:
-    data = content.recipe if content is not None and recipe is None else recipe_of(source, recipe)
+def _config(source: Path, data: dict[str, Any] | None) -> MPTConfig:
     if data is None:
         raise UserError(
             f"{source}: the checkpoint does not say which model it holds (no {manifest.MANIFEST}, no recipe.yaml). "
@@ -112,7 +114,7 @@ def _full_file(folder: Path, content: manifest.Manifest | None) -> Path:
     return folder / names[0]
 
 
-def _read_sharded(folder: Path, config: MPTConfig) -> dict[str, Tensor]:
+def _read_sharded(folder: Path, config: MPTConfig, any_rows: bool) -> tuple[MPTConfig, dict[str, Tensor]]:
     stored = ShardedTensors(folder)
     inside = [name for name in stored if name.startswith(_SHARDED_PREFIX)]
     if not inside:
@@ -122,11 +124,13 @@ def _read_sharded(folder: Path, config: MPTConfig) -> dict[str, Tensor]:
         head, table = (stored.read(_SHARDED_PREFIX + names[n]) for n in ("lm_head.weight", "transformer.wte.weight"))
         _drop_tied_head(head, table, folder)
         del names["lm_head.weight"]
-    check_shapes(config, {own: stored.shape(_SHARDED_PREFIX + name) for own, name in names.items()}, str(folder))
-    return {own: stored.read(_SHARDED_PREFIX + name) for own, name in names.items()}
+    shapes = {own: stored.shape(_SHARDED_PREFIX + name) for own, name in names.items()}
+    config = _with_rows(config, shapes) if any_rows else config
+    check_shapes(config, shapes, str(folder))
+    return config, {own: stored.read(_SHARDED_PREFIX + name) for own, name in names.items()}
 
 
-def _read_full(path: Path, config: MPTConfig) -> dict[str, Tensor]:
+def _read_full(path: Path, config: MPTConfig, any_rows: bool) -> tuple[MPTConfig, dict[str, Tensor]]:
     content = load_full(path)
     state = content.get("state") if isinstance(content, dict) else None
     state = state.get("model") if isinstance(state, dict) else content
@@ -135,8 +139,15 @@ def _read_full(path: Path, config: MPTConfig) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {own: state[name] for own, name in strip_wrappers(state).items()}
     if config.tie_word_embeddings and "lm_head.weight" in tensors and "transformer.wte.weight" in tensors:
         _drop_tied_head(tensors.pop("lm_head.weight"), tensors["transformer.wte.weight"], path)
-    check_shapes(config, {name: value.shape for name, value in tensors.items()}, str(path))
-    return tensors
+    shapes = {name: value.shape for name, value in tensors.items()}
+    config = _with_rows(config, shapes) if any_rows else config
+    check_shapes(config, shapes, str(path))
+    return config, tensors
+
+
+def _with_rows(config: MPTConfig, shapes: Mapping[str, torch.Size]) -> MPTConfig:
+    table = shapes.get("transformer.wte.weight")
+    return config if table is None else config.model_copy(update={"vocab_size": table[0]})
 
 
 def _drop_tied_head(head: Tensor, table: Tensor, where: Path) -> None:

@@ -18,6 +18,11 @@ FREE_MODEL_KEYS = {
     ("use_cache",),
     ("embedding_fraction",),
     ("max_seq_len",),
+    ("pretrained",),
+}
+FREE_AT_THE_START = {
+    # What may differ as well when a new run takes the weights of another one and nothing else.
+    ("attn_config", "attn_uses_sequence_id"),
 }
 WATCHED = ("optimizer", "scheduler", "algorithms", "global_train_batch_size", "max_duration", "train_loader", "seed")
 
@@ -32,24 +37,39 @@ def differences(old: Any, new: Any, path: tuple[str, ...] = ()) -> dict[tuple[st
     return {} if old == new else {path: (old, new)}
 
 
-def check_model(saved: dict[str, Any], now: dict[str, Any], checkpoint: Path) -> None:
+def check_model(saved: dict[str, Any], now: dict[str, Any], checkpoint: Path, *, weights_only: bool = False) -> None:
     """Refuses to load weights into a model that has other shapes, or computes another function with them.
+
+    Args:
+        saved: the recipe of the checkpoint.
+        now: the recipe of the run.
+        checkpoint: for the message.
+        weights_only: a new run starts from the weights; its vocabulary may be larger then.
 
     Raises:
         UserError: names each key that differs.
     """
     if not saved.get("model"):
         return
+    free = FREE_MODEL_KEYS | FREE_AT_THE_START if weights_only else FREE_MODEL_KEYS
+    if weights_only and vocabulary_grows(saved, now):
+        free = free | {("vocab_size",)}
     changed = {
         path: values
         for path, values in differences(saved["model"], now["model"]).items()
-        if not any(path[: len(free)] == free for free in FREE_MODEL_KEYS)
+        if not any(path[: len(key)] == key for key in free)
     }
     if changed:
         raise UserError(
             f"the model is not the one of {checkpoint}: {_text(changed, 'model')}. "
             "Change the recipe back, or choose another run_name to start a new run."
         )
+
+
+def vocabulary_grows(saved: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether the model has more embeddings than the one that was saved."""
+    before, after = (recipe.get("model", {}).get("vocab_size") for recipe in (saved, now))
+    return before is not None and after is not None and bool(after > before)
 
 
 def check_run(saved: dict[str, Any], now: dict[str, Any], checkpoint: Path) -> list[str]:
