@@ -6,8 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from llmtrain.config.load import load
 from llmtrain.recipe.recipe import Recipe
+from llmtrain.tokenizer import TokenizerConfig, tokenizer_size
+
+SHAPE = ("d_model", "n_heads", "n_layers")
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -22,7 +27,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
 
     def prepare(data: dict[str, Any]) -> dict[str, Any]:
-        data = keep_packed_examples_apart(name_components(spread_length(data)))
+        data = keep_packed_examples_apart(take_shapes(name_components(spread_length(data))))
         if not data.get("run_name"):
             data["run_name"] = os.environ.get("RUN_NAME") or Path(path).stem
         return data
@@ -53,6 +58,30 @@ def name_components(data: dict[str, Any]) -> dict[str, Any]:
     for loader in _loaders(data):
         _default(loader, "name", "text")
     return data
+
+
+def take_shapes(data: dict[str, Any]) -> dict[str, Any]:
+    """A model with a `pretrained` and without d_model, n_heads and n_layers takes what it leaves out from there.
+
+    One that names the three is taken as it stands, so that it can be checked where the weights are not.
+
+    Raises:
+        UserError: There is no such model, or its tokenizer cannot be read.
+    """
+    model = data.get("model")
+    if not isinstance(model, dict) or not isinstance(model.get("pretrained"), str):
+        return data
+    if model.get("name") != "mpt_causal_lm" or all(model.get(key) is not None for key in SHAPE):
+        return data
+    from llmtrain.checkpoint.pretrained import fill_model
+    tokens = 0
+    if model.get("vocab_size") is None:
+        try:
+            chat = any(loader.get("name") == "finetuning" for loader in _loaders(data))
+            tokens = tokenizer_size(TokenizerConfig.model_validate(data.get("tokenizer")), chat=chat)
+        except ValidationError:
+            pass  # what is wrong with it is said in a moment, with its line
+    return {**data, "model": fill_model(model, tokens)}
 
 
 def keep_packed_examples_apart(data: dict[str, Any]) -> dict[str, Any]:

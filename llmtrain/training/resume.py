@@ -14,13 +14,14 @@ from composer import Time, TimeUnit
 from composer.utils import dist
 
 from llmtrain.checkpoint import manifest
+from llmtrain.checkpoint.pretrained import fetch
 from llmtrain.checkpoint.resolve import CheckpointInfo, checkpoints_in, first_intact, locate
 from llmtrain.checkpoint.validation import validate
 from llmtrain.errors import UserError
 from llmtrain.recipe.recipe import Recipe
 from llmtrain.training.agreement import from_all_ranks, from_rank_zero
 from llmtrain.training.environment import say, say_each
-from llmtrain.training.recipe_changes import check_model, check_run
+from llmtrain.training.recipe_changes import check_model, check_run, vocabulary_grows
 
 Kind = Literal["sharded", "full"]
 
@@ -33,7 +34,8 @@ class StartingPoint:
         load_path: what Composer loads: a checkpoint folder, a file or a URI; None for nothing.
         load_weights_only: take the model's weights from it and nothing else.
         load_ignore_keys: glob patterns of state keys that stay as they are.
-        weights: a checkpoint of another kind, whose weights go into the model before it is sharded.
+        weights: what to start from, where that is no checkpoint that Composer would load: weights go into the model
+            before it is sharded.
         step: optimizer steps that are already done.
         finished: the run has reached its max_duration before.
         refused: names of the run's checkpoints that were found damaged.
@@ -81,6 +83,9 @@ def find(recipe: Recipe) -> StartingPoint:
             )
         say(f"save_overwrite: starting anew; {len(own)} checkpoints in {folder} go when the first new one is written.")
     replaces = tuple(info.path for info in own)
+    pretrained = recipe.model.pretrained
+    if isinstance(pretrained, str):
+        return StartingPoint(weights=from_rank_zero(lambda: fetch(pretrained)), replaces=replaces)
     if recipe.load_path is None:
         return StartingPoint(replaces=replaces)
     return dataclasses.replace(_load_path(recipe, recipe.load_path), replaces=replaces)
@@ -135,14 +140,16 @@ def _load_path(recipe: Recipe, given: str) -> StartingPoint:
         return StartingPoint(given, *options)
     path = from_rank_zero(lambda: locate(Path(given), say))
     kind: Kind = "sharded" if (path / ".metadata").is_file() else "full"
+    grows = False
     if (path / manifest.MANIFEST).is_file():
         if problems := _verify_together(path):
             raise UserError(f"load_path: {path} is damaged: {problems[0]}")
         saved = manifest.read(path)
-        check_model(saved.recipe, recipe.model_dump(mode="json"), path)
+        check_model(saved.recipe, recipe.model_dump(mode="json"), path, weights_only=recipe.load_weights_only)
+        grows = recipe.load_weights_only and vocabulary_grows(saved.recipe, recipe.model_dump(mode="json"))
         if saved.weights_only and not recipe.load_weights_only:
             raise UserError(f"load_path: {path} holds weights only. Set load_weights_only=true.")
-    if kind == _kind_that_is_read(recipe):
+    if kind == _kind_that_is_read(recipe) and not grows:
         return StartingPoint(str(_for_composer(path, kind)), *options)
     if not recipe.load_weights_only:
         raise UserError(f"load_path: {_wrong_kind(path, kind)} Or take the weights alone: load_weights_only=true.")

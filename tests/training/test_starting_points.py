@@ -231,3 +231,32 @@ def test_an_error_of_one_rank_is_named_with_its_rank(recipe: Path, corpus: TinyC
     run = launch(broken, ranks=2, cwd=tmp_path)
     assert 2 in run.codes, run.output
     assert f"error (rank 1): {tmp_path}/data/train: shard {shards[-1].name}" in run.output
+
+
+@pytest.mark.gloo_training
+@pytest.mark.parametrize("how", ["pretrained", "load_path"])
+def test_a_run_starts_from_the_weights_of_another_and_its_vocabulary_grows(
+    recipe: Path, base: Finished, how: str
+) -> None:
+    """New rows are never predicted at first, so the first evaluation is nearly the last one of the base run."""
+    source = {
+        "pretrained": [f"model.pretrained={base.folder}"],
+        "load_path": [f"load_path={base.folder}", "load_weights_only=true"],
+    }[how]
+    settings = [f"run_name=grown-{how}", "model.vocab_size=640", "max_duration=1ba", "eval_first=true"]
+    settings += ["tokenizer.special_tokens=['<|im_start|>']", "eval_interval=100ba", "model.resid_pdrop=0"]
+    run = launch(recipe, [*source, *settings], ranks=2, cwd=recipe.parent)
+    assert run.code == 0, run.output
+    first = run.metrics(EVAL)[0]
+    assert abs(first - base.metrics(EVAL)[max(base.metrics(EVAL))]) < 0.15, run.output
+    again = go(recipe, *source, *settings, "max_duration=2ba")
+    assert again.code == 0, again.output
+    assert "continues after step 1" in again.output  # its own checkpoint, not the starting point
+
+
+def test_a_smaller_vocabulary_is_refused(recipe: Path, base: Finished) -> None:
+    refused(
+        go(recipe, f"model.pretrained={base.folder}", "model.vocab_size=384", "run_name=less"),
+        "model.vocab_size",
+        "512",
+    )
