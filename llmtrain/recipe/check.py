@@ -8,6 +8,8 @@ import yaml
 
 from llmtrain.config.durations import parse
 from llmtrain.config.secrets import redact
+from llmtrain.hf_model.config import HFConfig
+from llmtrain.model.config import MPTConfig
 from llmtrain.model.flops import flops_per_token, n_params
 from llmtrain.recipe.batch import batch_plan
 from llmtrain.recipe.load import load_recipe
@@ -34,9 +36,9 @@ def summary(recipe: Recipe) -> list[str]:
     """Size and length of the run, and what is said about its keys before it starts."""
     length = recipe.train_loader.dataset.max_seq_len
     tokens_per_step = recipe.global_train_batch_size * length
-    per_token = flops_per_token(recipe.model, length)
+    size, per_token = _size(recipe.model, length)
     lines = [
-        f"model       {n_params(recipe.model):,} parameters, {per_token / 1e9:,.3g} GFLOPs to train on a token",
+        f"model       {size}",
         f"step        {recipe.global_train_batch_size:,} x {length:,} = {tokens_per_step:,} tokens",
     ]
     steps = _steps(recipe, tokens_per_step)
@@ -44,7 +46,8 @@ def summary(recipe: Recipe) -> list[str]:
         lines.append(f"run         {recipe.max_duration}: the number of steps depends on the data")
     else:
         total = steps * tokens_per_step
-        lines.append(f"run         {steps:,} steps, {total:,} tokens, {total * per_token:.3g} FLOPs")
+        work = f", {total * per_token:.3g} FLOPs" if per_token is not None else ""
+        lines.append(f"run         {steps:,} steps, {total:,} tokens{work}")
     saved = recipe.save_folder.replace("{run_name}", recipe.run_name) if recipe.save_folder else None
     lines.append(f"checkpoints {saved or 'none are saved (no save_folder)'}")
     if saved:
@@ -60,6 +63,16 @@ def summary(recipe: Recipe) -> list[str]:
         lines += [f"note: {note}" for note in recipe.fsdp_config.notes()]
     lines += [f"note: {note}" for note in _accepted_without_effect(recipe)]
     return lines
+
+
+def _size(model: MPTConfig | HFConfig, length: int) -> tuple[str, float | None]:
+    """A line about the model, and the FLOPs to train on a token where the recipe alone tells them."""
+    if isinstance(model, MPTConfig):
+        per_token = flops_per_token(model, length)
+        return f"{n_params(model):,} parameters, {per_token / 1e9:,.3g} GFLOPs to train on a token", per_token
+    weights = "pretrained" if model.pretrained else "new weights"
+    how = f"LoRA of rank {model.peft_config.r}, the rest frozen" if model.peft_config else "all of it trained"
+    return f"{model.pretrained_model_name_or_path} ({weights}), {how}", None
 
 
 def _steps(recipe: Recipe, tokens_per_step: int) -> int | None:

@@ -16,15 +16,14 @@ import torch
 import yaml
 from composer.devices import DeviceCPU, DeviceGPU
 from composer.utils import dist, reproducibility
-from torch import nn
 
 from llmtrain.errors import UserError
-from llmtrain.model.flops import n_params
+from llmtrain.hf_model.model import HFCausalLM
 from llmtrain.model.kernels.select import select
 from llmtrain.recipe.batch import BatchPlan
 from llmtrain.recipe.recipe import Recipe
 from llmtrain.training.fsdp import ShardingPlan
-from llmtrain.training.language_model import trainable_parameters
+from llmtrain.training.language_model import LanguageModel, trainable_parameters
 
 
 def say(line: str) -> None:
@@ -162,7 +161,7 @@ def notes(recipe: Recipe) -> list[str]:
 
 def summary(
     recipe: Recipe,
-    model: nn.Module,
+    model: LanguageModel,
     batch: BatchPlan,
     sharding: ShardingPlan,
     device: torch.device,
@@ -170,16 +169,19 @@ def summary(
     step: int,
 ) -> str:
     """What is about to happen, in a few lines."""
-    config, ranks = recipe.model, dist.get_world_size()
-    trained, whole = trainable_parameters(model), n_params(config)
+    ranks = dist.get_world_size()
+    trained, whole = trainable_parameters(model), sum(p.numel() for p in model.parameters())
     frozen = "" if trained == whole else f", {trained:,} of them trained"
-    attention = select(config.attn_config.attn_impl, device.type)
+    if isinstance(model.model, HFCausalLM):
+        attention = f"{model.model.config._attn_implementation} of transformers"
+    else:
+        attention = select(model.model.config.attn_config.attn_impl, device.type).reason
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     tokens = batch.global_batch_size * recipe.max_seq_len
     begins = f"continues after step {step}" if step else "starts at step 0"
     lines = [
         f"run         {recipe.run_name}, {begins}, ends at {recipe.max_duration}",
-        f"model       {whole:,} parameters{frozen}; attention: {attention.reason}",
+        f"model       {whole:,} parameters{frozen}; attention: {attention}",
         f"batch       {batch.global_batch_size} x {recipe.max_seq_len} = {tokens:,} tokens a step: {ranks} rank(s) x "
         f"{batch.accumulation_steps} micro-batch(es) of {batch.microbatch_size}",
         f"device      {ranks} x {name}, {precision}, {sharding.strategy}, torch {torch.__version__}",

@@ -1,4 +1,4 @@
-"""MPT as Composer sees it."""
+"""MPT, or a model of transformers, as Composer sees it."""
 
 from typing import Any
 
@@ -6,6 +6,8 @@ from composer.models import ComposerModel
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from llmtrain.hf_model.config import HFConfig
+from llmtrain.hf_model.model import HFCausalLM
 from llmtrain.model.config import MPTConfig
 from llmtrain.model.flops import flops_per_token
 from llmtrain.model.mpt import MPT, MPTOutput
@@ -15,16 +17,21 @@ Batch = dict[str, Tensor]
 
 
 class LanguageModel(ComposerModel):  # type: ignore[misc]
-    """Wraps an MPT; the weights are saved as `state.model.model.*`, the names of llm-foundry's checkpoints.
+    """Wraps a model; its weights are saved as `state.model.model.*`, the names of llm-foundry's checkpoints.
 
     The loss is computed inside `forward`: the head's weight is tied to the embedding, which FSDP gathers only while the
     root module's forward runs, and the chunked loss must not return logits.
+
+    Attributes:
+        should_save_peft_only: leave frozen weights out of the state dict. (The name is Composer's: it switches this off
+            while rank 0 sends all weights to the other ranks.)
     """
 
-    def __init__(self, model: MPT, config: MPTConfig) -> None:
+    def __init__(self, model: MPT | HFCausalLM, config: MPTConfig | HFConfig) -> None:
         super().__init__()
         self.model = model
         self.config = config
+        self.should_save_peft_only = isinstance(config, HFConfig) and config.saves_adapters_only
 
     def forward(self, batch: Batch) -> MPTOutput:
         """A batch of `input_ids`, `labels` (B, T) and optional masks becomes the loss and its sums."""
@@ -51,7 +58,31 @@ class LanguageModel(ComposerModel):  # type: ignore[misc]
     def flops_per_batch(self, batch: Batch) -> float:
         """Training FLOPs of one batch (read by Composer's SpeedMonitor for FLOP/s and MFU)."""
         n_samples, seq_len = batch["input_ids"].shape
-        return n_samples * seq_len * flops_per_token(self.config, seq_len)
+        if isinstance(self.model, HFCausalLM):
+            return n_samples * seq_len * self.model.flops_per_token(seq_len)
+        return n_samples * seq_len * flops_per_token(self.model.config, seq_len)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """All parameters, or without the frozen ones: see `should_save_peft_only`."""
+        state: dict[str, Any] = super().state_dict(*args, **kwargs)
+        if self.should_save_peft_only:
+            for name in self._frozen():
+                state.pop(kwargs.get("prefix", "") + name, None)
+        return state
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """As torch's; frozen weights may be missing where the state dict leaves them out."""
+        if not self.should_save_peft_only:
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        result = super().load_state_dict(state_dict, strict=False, assign=assign)
+        missing = sorted(set(result.missing_keys) - self._frozen())
+        if strict and (missing or result.unexpected_keys):
+            raise RuntimeError(f"missing keys {missing[:5]}, unexpected keys {result.unexpected_keys[:5]}")
+        return result
+
+    def _frozen(self) -> set[str]:
+        names = (name for name, parameter in self.named_parameters() if not parameter.requires_grad)
+        return {name.replace("_checkpoint_wrapped_module.", "") for name in names}
 
 
 def trainable_parameters(model: nn.Module) -> int:

@@ -7,8 +7,11 @@ import torch
 from composer import Trainer
 from composer.utils import dist
 
-from llmtrain.checkpoint.read import read_weights
+from llmtrain.checkpoint.pretrained import read_pretrained
 from llmtrain.errors import UserError
+from llmtrain.hf_model.checkpoint import read_tensors
+from llmtrain.hf_model.config import HFConfig
+from llmtrain.hf_model.model import HFCausalLM, build
 from llmtrain.model.mpt import MPT
 from llmtrain.recipe.batch import batch_plan
 from llmtrain.recipe.recipe import Recipe
@@ -82,7 +85,7 @@ def assemble(recipe: Recipe, start: resume.StartingPoint, device: torch.device) 
     loaders = Loaders(recipe, tokenizer, batch)
     train_data, evaluators = loaders.train(), loaders.evaluators()
     loaders.show(train_data, run.path)
-    model = build_model(recipe, sharding, start.weights)
+    model = build_model(recipe, sharding, start.weights, n_tokens=len(tokenizer))
     optimizer = build_optimizer(recipe.optimizer, model)
 
     saver = build_saver(recipe, fingerprint_of(tokenizer), model, start)
@@ -128,6 +131,8 @@ def assemble(recipe: Recipe, start: resume.StartingPoint, device: torch.device) 
         load_strict_model_weights=recipe.load_strict_model_weights,
         load_ignore_keys=start.load_ignore_keys,
     )
+    if isinstance(model.model, HFCausalLM):
+        from_rank_zero(model.model.check_frozen_identity)
     restore_rng.trainer = trainer
     preemption.install()
     if recipe.log_config:
@@ -142,13 +147,14 @@ def assemble(recipe: Recipe, start: resume.StartingPoint, device: torch.device) 
     return trainer
 
 
-def build_model(recipe: Recipe, sharding: ShardingPlan, weights: Path | None) -> LanguageModel:
+def build_model(recipe: Recipe, sharding: ShardingPlan, weights: Path | None, *, n_tokens: int) -> LanguageModel:
     """The model on the device that `init_device` asks for; the same initial weights on all ranks.
 
     Args:
         recipe: the recipe.
         sharding: with it, `mixed` makes the model on rank 0 alone.
-        weights: a checkpoint whose weights it gets; not with the device `meta`.
+        weights: what it starts from (its vocabulary may grow); not with the device `meta`.
+        n_tokens: ids of the tokenizer; a Hugging Face model with fewer embeddings grows.
     """
     where: str = recipe.model.init_device
     if where == "mixed":
@@ -157,10 +163,20 @@ def build_model(recipe: Recipe, sharding: ShardingPlan, weights: Path | None) ->
         environment.say("init_device: meta needs a sharded model (fsdp_config); using cpu.")
         where = "cpu"
     environment.seed_everything(recipe.seed)
+    if isinstance(recipe.model, HFConfig):
+        return build_hf_model(recipe.model, where, weights, n_tokens)
     model = MPT(recipe.model, device=where)
     if weights is not None and where != "meta":
-        model.load_state_dict(read_weights(weights)[1])
+        model.load_state_dict(read_pretrained(weights, recipe.model))
     return LanguageModel(model, recipe.model)
+
+
+def build_hf_model(cfg: HFConfig, where: str, weights: Path | None, n_tokens: int) -> LanguageModel:
+    """The same for a model of transformers."""
+    model = LanguageModel(build(cfg, device=where, n_tokens=n_tokens), cfg)
+    if weights is not None and where != "meta":
+        model.load_state_dict({f"model.{name}": value for name, value in read_tensors(weights).items()})
+    return model
 
 
 def build_saver(

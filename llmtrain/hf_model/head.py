@@ -1,0 +1,82 @@
+"""From hidden states to logits or loss, as the architecture does it, without ever holding all logits.
+
+Most heads are a matrix, and MPT's chunked cross-entropy takes that matrix. Some do more: a bias, logits that are
+scaled (Cohere, Granite) or softly capped (Gemma), adapters on the head. Those go through the head itself, a chunk of
+rows at a time, and each chunk is computed again in the backward pass.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from llmtrain.model.loss import IGNORED, rows_in_a_chunk, shift
+from llmtrain.model.mpt import MPTOutput, logits_or_loss
+
+
+class Head(nn.Linear):
+    """A plain head without bias; a module of its own, so that FSDP gathers its weight when it is called."""
+
+    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> MPTOutput:  # type: ignore[override]
+        """Logits or loss of (batch, T, hidden_size) hidden states."""
+        return logits_or_loss(hidden, self.weight, labels, count_correct=not self.training)
+
+
+def logit_scale(config: Any) -> float:
+    """What the architecture multiplies its logits with.
+
+    Cohere: `logit_scale`; Granite divides by `logits_scaling`; Falcon-H1: `lm_head_multiplier`. Others that have such a
+    key ignore it (transformers' MPT), so the name of the architecture decides.
+    """
+    kind = str(config.model_type)
+    if kind.startswith("cohere"):
+        return float(config.logit_scale)
+    if kind.startswith("granite"):
+        return 1.0 / float(config.logits_scaling)
+    if kind == "falcon_h1":
+        return float(config.lm_head_multiplier)
+    return 1.0
+
+
+def logit_cap(config: Any) -> float | None:
+    """The cap c of logits = c * tanh(logits / c) (Gemma 2, arXiv:2408.00118), or None."""
+    cap = getattr(config, "final_logit_softcapping", None)
+    return None if cap is None else float(cap)
+
+
+def general_output(
+    hidden: Tensor, logits_of: Callable[[Tensor], Tensor], labels: Tensor | None, vocab_size: int, *, count: bool
+) -> MPTOutput:
+    """What `logits_or_loss` gives, for any function from hidden states (rows, hidden_size) to logits (rows, vocab).
+
+    Args:
+        hidden: (batch, T, hidden_size).
+        logits_of: the head.
+        labels: (batch, T), not shifted, or None for the logits.
+        vocab_size: decides how many rows are a chunk.
+        count: also count the targets that have the largest logit.
+    """
+    if labels is None:
+        return MPTOutput(logits=logits_of(hidden))
+    targets = shift(labels).flatten()
+    rows = hidden.flatten(0, -2)
+    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    size = rows_in_a_chunk(len(targets), vocab_size, rows.shape[-1])
+    loss_sum = torch.zeros((), dtype=wide, device=hidden.device)
+    correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
+
+    def of_chunk(h: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        logits = logits_of(h).to(wide)
+        found = (logits.detach().argmax(-1) == y).sum() if count else correct.new_zeros(())
+        return F.cross_entropy(logits, y, ignore_index=IGNORED, reduction="sum"), found
+
+    for start in range(0, len(targets), size):
+        chunk = slice(start, start + size)
+        part, found = checkpoint(of_chunk, rows[chunk], targets[chunk], use_reentrant=False)
+        loss_sum = loss_sum + part
+        correct = correct + found
+    n_targets = (targets != IGNORED).sum()
+    return MPTOutput(None, loss_sum / n_targets.clamp(min=1), loss_sum, n_targets, correct if count else None)
