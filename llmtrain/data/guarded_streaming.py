@@ -61,7 +61,7 @@ class GuardedStream(Stream):  # type: ignore[misc]
         files = [info for shard in shards for pair in shard.file_pairs for info in pair if info is not None]
         check_names([info.basename for info in files], where)
         for shard in shards[:1]:  # prep writes all shards of a folder alike; rows are checked again when they are read
-            check_columns(shard.column_names, shard.column_encodings, self.max_seq_len, where)
+            self.check_rows(shard, where)
         known = set.intersection(*(set(info.hashes) for info in files)) if files else set()
         if self.validate_hash is None:
             self.validate_hash = min(known, default=None)
@@ -69,6 +69,14 @@ class GuardedStream(Stream):  # type: ignore[misc]
             has = ", ".join(sorted(known)) or "none"
             raise UserError(f"{where}: validate_hash is {self.validate_hash!r}, but the shards have: {has}")
         return shards
+
+    def check_rows(self, shard: Any, where: str) -> None:
+        """Check what the index says about a shard's rows.
+
+        Raises:
+            UserError: They are no rows of tokens.
+        """
+        check_columns(shard.column_names, shard.column_encodings, self.max_seq_len, where)
 
     def has_other_copy(self) -> bool:
         """Whether the local files are a cache of something else: only then may a bad one be deleted."""

@@ -2,8 +2,9 @@
 
 Best-fit-decreasing over a window of examples: the longest first, each into the fullest row that still has room for it.
 Rows that stay much emptier than they need to wait for the next window, so nothing is cut and nothing is thrown away.
-(Best-fit-decreasing never needs more than 11/9 of the fewest rows possible, plus one: Johnson, Demers, Ullman, Garey and
-Graham 1974; on lengths of conversations it is within half a percent, see scripts/benchmark/packing.py.)
+(Best-fit-decreasing never needs more than 11/9 of the fewest rows possible, plus four: Johnson, Demers, Ullman, Garey,
+Graham, "Worst-case performance bounds for simple one-dimensional packing algorithms", 1974. On lengths of conversations
+it is within half a percent: scripts/benchmark/packing.py.)
 """
 
 from bisect import bisect_left, insort
@@ -13,7 +14,6 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 _WAITING_ROWS = 16
 """A window of n examples leaves at most n / 16 rows waiting."""

@@ -1,0 +1,165 @@
+"""Sources become stores: tokenized once, found again by every later run."""
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import xxhash
+from rich.console import Console
+
+from llmtrain.conversations.messages import BadExample, Chat, Example
+from llmtrain.data.finetuning.local_ranks import from_leader, gather, made_by_leader, one_at_a_time
+from llmtrain.data.finetuning.progress import counted
+from llmtrain.data.finetuning.sources import Source
+from llmtrain.data.finetuning.store import ExampleStore, StoreWriter
+from llmtrain.errors import UserError
+
+if TYPE_CHECKING:
+    from llmtrain.data.finetuning.tokenize import TokenizedExample
+
+log = logging.getLogger(__name__)
+
+_LAYOUT = 1
+"""Part of every key: goes up when stores, or how rows become examples, change."""
+_BATCH = 512
+_CHECKED = 64
+"""Examples whose rendering and masking are compared before the rest is tokenized."""
+
+
+class Tokenizes(Protocol):
+    """What `ExampleTokenizer` does."""
+
+    def __call__(self, examples: Sequence[Example], /) -> "list[TokenizedExample | BadExample]": ...  # noqa: D102
+
+    def identity(self) -> str: ...  # noqa: D102
+
+
+def prepare(
+    open_sources: Callable[[], list[Source]],
+    tokenize: Tokenizes,
+    *,
+    cache: Path,
+    vocab_size: int,
+    strict: bool,
+    check: Callable[[Sequence[Example]], Sequence[str]] | None = None,
+) -> list[ExampleStore]:
+    """Find or make the store of each source (a collective call: the first rank of each machine works).
+
+    Args:
+        open_sources: called on that rank alone.
+        tokenize: makes ids and masks of examples.
+        cache: folder of all stores.
+        vocab_size: ids of the model.
+        strict: the first row that nothing can be learnt from is an error.
+        check: called with the first examples before the rest is tokenized; its warnings are logged.
+
+    Raises:
+        UserError: on all ranks: a source cannot be read, has nothing to train on, or does not fit the model.
+    """
+    sources: list[Source] = []
+
+    def keys() -> list[str]:
+        sources.extend(open_sources())
+        return [_key(source, tokenize) for source in sources]
+
+    folders = [cache / key for key in from_leader(keys)]
+
+    def make() -> None:
+        for source, folder in zip(sources, folders, strict=True):
+            if folder.is_dir():
+                log.info("%s: tokenized before, in %s", source.describe(), folder)
+                continue
+            with one_at_a_time(folder.parent / f".{folder.name}.lock"):
+                if not folder.is_dir():
+                    for left in folder.parent.glob(f".{folder.name}.*.tmp"):  # of a run that was killed
+                        shutil.rmtree(left, ignore_errors=True)
+                    _tokenize(source, tokenize, folder, vocab_size, strict, check)
+
+    made_by_leader(folders, make)
+    stores = [ExampleStore(folder) for folder in folders]
+    for store in stores:  # on all ranks: one that failed alone would leave the others waiting
+        _check(store, vocab_size, strict)
+    _agree(stores)
+    return stores
+
+
+def _key(source: Source, tokenize: Tokenizes) -> str:
+    return str(xxhash.xxh128_hexdigest(json.dumps([_LAYOUT, source.identity, tokenize.identity()])))
+
+
+def _tokenize(
+    source: Source,
+    tokenize: Tokenizes,
+    folder: Path,
+    vocab_size: int,
+    strict: bool,
+    check: Callable[[Sequence[Example]], Sequence[str]] | None,
+) -> None:
+    console = Console(stderr=True)
+    with (
+        StoreWriter(folder, vocab_size=vocab_size, source=source.describe()) as store,
+        counted(console, f"tokenizing {source.describe()}", source.rough_rows()) as done,
+    ):
+        for batch in _batches(source.examples()):
+            good = [example for _, example in batch if not isinstance(example, BadExample)]
+            if check is not None and store.report.rows == 0:
+                for warning in check([example for example in good[:_CHECKED] if isinstance(example, Chat)]):
+                    log.warning("%s: %s", source.describe(), warning)
+            tokenized = iter(tokenize(good))
+            for place, example in batch:
+                result = example if isinstance(example, BadExample) else next(tokenized)
+                if not isinstance(result, BadExample):
+                    store.add(result.ids, result.trained, place)
+                elif strict:
+                    raise UserError(
+                        f"{place}: {result}. Mend or remove the row, or leave out strict: true: such rows are then "
+                        "dropped and counted"
+                    )
+                else:
+                    store.drop(result, place)
+            done(len(batch))
+        if store.report.examples == 0:
+            raise UserError(_nothing_left(store))
+
+
+def _nothing_left(store: StoreWriter) -> str:
+    report = store.finished_report()
+    if report.rows == 0:
+        return f"{report.source}: there is nothing to train on: it has no rows"
+    return f"{report.source}: there is nothing to train on: all {report.rows:,} rows were dropped\n{report.reasons()}"
+
+
+def _check(store: ExampleStore, vocab_size: int, strict: bool) -> None:
+    """What may be another recipe's fault than that of the one the store was made for."""
+    report = store.report
+    if report.largest_id >= vocab_size:
+        raise UserError(
+            f"{report.source}: token id {report.largest_id} is outside of the model's vocabulary of {vocab_size}. "
+            "Was it tokenized with another tokenizer?"
+        )
+    if strict and report.dropped:
+        raise UserError(
+            f"{report.source}: strict: true, and nothing can be learnt from these rows:\n{report.reasons()}"
+        )
+
+
+def _agree(stores: Sequence[ExampleStore]) -> None:
+    """All machines must have made the same of the data: ranks take their rows from one order."""
+    mine = [(store.folder.name, len(store), store.report.tokens, store.report.trained_tokens) for store in stores]
+    for rank, theirs in enumerate(gather(mine)):
+        if theirs != mine:
+            raise UserError(
+                f"the examples of rank {rank}'s machine are others than this one's ({theirs} against {mine}): do they "
+                "have the same files and the same versions of llmtrain, tokenizers and transformers?"
+            )
+
+
+def _batches(
+    examples: Iterator[tuple[str, Example | BadExample]],
+) -> Iterator[list[tuple[str, Example | BadExample]]]:
+    while batch := list(islice(examples, _BATCH)):
+        yield batch
