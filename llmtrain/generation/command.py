@@ -90,8 +90,9 @@ def complete(
     An empty prompt stands for the start of a document: the model sees the end-of-text token, as it did in training.
     """
     from llmtrain.generation.generate import generate
+    from llmtrain.stop_tokens import stop_ids
 
-    eos = tokenizer.eos_token_id
+    eos, stops = tokenizer.eos_token_id, stop_ids(tokenizer)
     for start in range(0, len(prompts), batch_size):
         part = prompts[start : start + batch_size]
         ids = [tokenizer.encode(prompt.text, add_special_tokens=False) or [eos] for prompt in part]
@@ -100,13 +101,13 @@ def complete(
             ids,
             max_new_tokens=max_new_tokens,
             sampling=sampling,
-            eos_ids=(eos,),
+            eos_ids=stops,
             seed=seed,
             first_index=start,
         )
         for prompt, tokens in zip(part, answers, strict=True):
             text = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            yield Completion(prompt, text, tokens, tokens[-1] == eos)
+            yield Completion(prompt, text, tokens, tokens[-1] in stops)
 
 
 def _print(completion: Completion) -> None:

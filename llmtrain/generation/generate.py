@@ -1,19 +1,17 @@
-"""Generation with a KV cache: batches of prompts of different lengths, padded on the left."""
+"""Generation: batches of prompts of different lengths, padded on the left, one token after another."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmtrain.errors import UserError
+from llmtrain.generation.decoder import Decoder, decoder_for
 from llmtrain.generation.sampling import Sampling
-from llmtrain.model.cache import KVCache
-from llmtrain.model.mpt import MPT
 
 
-@torch.inference_mode()
 def generate(
-    model: MPT,
+    model: nn.Module | Decoder,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -21,6 +19,7 @@ def generate(
     eos_ids: Collection[int] = (),
     seed: int = 0,
     first_index: int = 0,
+    agree: Callable[[Tensor], Tensor] | None = None,
 ) -> list[list[int]]:
     """Continue each prompt until an end token or ``max_new_tokens``.
 
@@ -28,13 +27,15 @@ def generate(
     depend on the prompts beside it (up to the rounding of float arithmetic in batches of another shape).
 
     Args:
-        model: In evaluation mode.
+        model: An MPT in evaluation mode, or a decoder that has not seen anything yet.
         prompts: Token ids, at least one a prompt.
         max_new_tokens: Largest number of new tokens; beyond the model's max_seq_len too, if it uses ALiBi.
         sampling: Temperature, top_k, top_p; greedy by default.
         eos_ids: A row ends after one of these (which is part of the result).
         seed: Of the random generators.
         first_index: Index of the first prompt, when the prompts are a part of a longer list.
+        agree: Called with the tokens that were drawn, (rows,) int64, and returns those to go on with: for ranks that
+            must not part.
 
     Returns:
         The new token ids of each prompt.
@@ -42,25 +43,51 @@ def generate(
     Raises:
         UserError: the model has learned positions and prompt and answer do not fit into them.
     """
-    if not prompts:
-        return []
+    answers: list[list[int]] = [[] for _ in prompts]
+    if prompts:
+        for step in steps(
+            decoder_for(model) if isinstance(model, nn.Module) else model,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            eos_ids=eos_ids,
+            seed=seed,
+            first_index=first_index,
+            agree=agree,
+        ):
+            for row, token in step:
+                answers[row].append(token)
+    return answers
+
+
+@torch.no_grad()  # not inference_mode: what FSDP gathers in there could not be used for training any more
+def steps(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    eos_ids: Collection[int] = (),
+    seed: int = 0,
+    first_index: int = 0,
+    agree: Callable[[Tensor], Tensor] | None = None,
+) -> Iterator[list[tuple[int, int]]]:
+    """The same one step at a time: (prompt, its next token) of each prompt that goes on.
+
+    The decoder may have seen the beginning of the prompts before.
+    """
     if min(map(len, prompts)) < 1 or max_new_tokens < 1:
         raise ValueError("generation needs prompts of at least one token, and max_new_tokens of at least 1")
-    _refuse_beyond_learned_positions(model, prompts, max_new_tokens)
+    _refuse_beyond_positions(decoder.positions, prompts, max_new_tokens)
     sampling = sampling or Sampling(temperature=0)
-    device = model.transformer.wte.weight.device
-    ids, seen = _pad_left(prompts, device)
+    ids, seen = _pad_left(prompts, decoder.device)
     generators = [torch.Generator().manual_seed(_row_seed(seed, first_index + row)) for row in range(len(prompts))]
-    ends = torch.tensor(sorted(eos_ids), device=device, dtype=torch.long)
-
-    answers: list[list[int]] = [[] for _ in prompts]
+    ends = torch.tensor(sorted(eos_ids), device=decoder.device, dtype=torch.long)
     active = list(range(len(prompts)))
-    cache = KVCache(model.config.n_layers)
-    logits = _prefill(model, ids, seen, cache)
     for count in range(1, max_new_tokens + 1):
-        tokens = sampling.draw(logits, [generators[row] for row in active])
-        for row, token in zip(active, tokens.tolist(), strict=True):
-            answers[row].append(token)
+        tokens = sampling.draw(decoder(ids, seen), [generators[row] for row in active])
+        tokens = agree(tokens) if agree is not None else tokens
+        yield list(zip(active, tokens.tolist(), strict=True))
         if count == max_new_tokens:
             break
         going = ~torch.isin(tokens, ends)
@@ -69,23 +96,10 @@ def generate(
             if not len(rows):
                 break
             active = [active[row] for row in rows.tolist()]
-            cache.keep_rows(rows)
-            tokens, seen = tokens[rows], seen[rows]
+            decoder.keep_rows(rows)
+            tokens, ids, seen = tokens[rows], ids[rows], seen[rows]
+        ids = torch.cat([ids, tokens[:, None]], dim=1)
         seen = torch.cat([seen, torch.ones_like(seen[:, :1])], dim=1)
-        logits = _logits(model, tokens[:, None], seen, cache)
-    return answers
-
-
-def _prefill(model: MPT, ids: Tensor, seen: Tensor, cache: KVCache) -> Tensor:
-    """Logits after the prompts; the head runs on their last position only, not on (batch, T, vocab)."""
-    if ids.shape[1] > 1:
-        model.transformer(ids[:, :-1], seen[:, :-1], cache)
-    return _logits(model, ids[:, -1:], seen, cache)
-
-
-def _logits(model: MPT, ids: Tensor, seen: Tensor, cache: KVCache) -> Tensor:
-    logits: Tensor = model(ids, attention_mask=seen, cache=cache).logits
-    return logits[:, -1]
 
 
 def _pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -99,13 +113,13 @@ def _pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[T
     return ids.to(device), seen.to(device)
 
 
-def _refuse_beyond_learned_positions(model: MPT, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+def _refuse_beyond_positions(positions: int | None, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     # The last token is never fed back, so it needs no position. Padding counts, as in the model's own check.
     needed = max(map(len, prompts)) + max_new_tokens - 1
-    if model.config.uses_learned_positions and needed > model.config.max_seq_len:
+    if positions is not None and needed > positions:
         raise UserError(
             f"{max(map(len, prompts))} prompt tokens + {max_new_tokens} new ones do not fit into this model's "
-            f"{model.config.max_seq_len} learned positions (max_seq_len); shorten the prompt or max_new_tokens."
+            f"{positions} learned positions (max_seq_len); shorten the prompt or max_new_tokens."
         )
 
 

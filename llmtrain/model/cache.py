@@ -36,6 +36,10 @@ class KVCache:
         """Count the tokens that every layer has just written."""
         self.length += n_tokens
 
+    def rewind(self, length: int) -> None:
+        """Forget all but the first `length` positions."""
+        self.length = min(self.length, length)
+
     def keep_rows(self, rows: Tensor) -> None:
         """Keep (or reorder, or repeat) batch rows by index: finished sequences leave the batch."""
         self._layers = [held and (held[0][rows], held[1][rows]) for held in self._layers]
