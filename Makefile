@@ -1,4 +1,5 @@
 # make train     from a fresh clone to a tiny MPT that is trained, exported and generates; again: resumes, or says it is complete
+# make twins     the same, and then: the tiny model learns to answer questions about Python's library, and to chat
 # make test      the tests that CI runs
 # make test-pip  the fast tests in the second environment: plain pip, torch 2.7.0
 PYTHON   ?= python3
@@ -8,7 +9,7 @@ BIN      := $(VENV)/bin
 RANKS    ?= 2
 TEST     ?=
 
-.PHONY: setup train test test-pip lint clean
+.PHONY: setup train twins test test-pip lint clean
 
 setup: $(VENV)/.ready
 
@@ -26,6 +27,17 @@ train: setup
 	$(BIN)/llmtrain export runs/mpt-tiny runs/mpt-tiny/export
 	$(BIN)/llmtrain generate runs/mpt-tiny/export --prompt 'def __init__(self' --prompt 'The "with" statement' --prompt 'import os' --max-new-tokens 48 --temperature 0.6
 	@echo "loss curve  runs/mpt-tiny/loss.png"
+
+# base -> instruct -> chat, the CPU twins of MPT-7B's fine-tuning runs
+twins: train
+	$(BIN)/llmtrain prep data_prep/tiny-instruct.yaml
+	$(BIN)/composer -n $(RANKS) train.py yamls/mpt-tiny-instruct.yaml
+	$(BIN)/llmtrain export runs/mpt-tiny-instruct runs/mpt-tiny-instruct/export
+	$(BIN)/llmtrain prep data_prep/tiny-chat.yaml
+	$(BIN)/composer -n $(RANKS) train.py yamls/mpt-tiny-chat.yaml
+	$(BIN)/llmtrain export runs/mpt-tiny-chat runs/mpt-tiny-chat/export
+	printf '%s\n' 'What does `os.path.join` do?' '>>> 2 + 3' | $(BIN)/llmtrain chat runs/mpt-tiny-chat/export --temperature 0 --max-new-tokens 48
+	@echo "loss curves runs/mpt-tiny-instruct/loss.png runs/mpt-tiny-chat/loss.png"
 
 test: setup
 	$(BIN)/ruff check .

@@ -2,9 +2,10 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 import llmtrain
 from llmtrain.errors import UserError
@@ -15,6 +16,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Pretrain and fine-tune MPT-style language models from YAML recipes.",
 )
+
+
+class ShowsByDefault(TyperGroup):
+    """`llmtrain data X` is `llmtrain data show X`, unless X is one of the other verbs."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The subcommand that the arguments name."""
+        return super().resolve_command(ctx, args if args[0] in self.commands else ["show", *args])
+
+
+data = typer.Typer(cls=ShowsByDefault, no_args_is_help=True, help="Look at training data.")
+app.add_typer(data, name="data")
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of recipe keys.")]
 
@@ -43,6 +56,14 @@ def schema() -> None:
     from llmtrain.recipe.schema import json_schema
 
     print(json.dumps(json_schema(), indent=2))
+
+
+@data.command("show")
+def show_data(recipe: Path, overrides: Overrides = None) -> None:
+    """What a fine-tuning recipe trains: one batch decoded token by token, and counts. Starts no training."""
+    from llmtrain.data.command import show_command
+
+    show_command(recipe, overrides or [])
 
 
 @app.command()
@@ -99,6 +120,36 @@ def generate(
         seed=seed,
         batch_size=batch_size,
         output=output,
+        recipe=recipe,
+        device=device,
+        dtype=dtype,
+    )
+
+
+@app.command()
+def chat(
+    source: Annotated[Path, typer.Argument(help="An export, a run, or a checkpoint.")],
+    system: Annotated[str | None, typer.Option(help="System prompt, instead of the template's own.")] = None,
+    max_new_tokens: int = 256,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.8,
+    top_p: float = 1.0,
+    top_k: Annotated[int, typer.Option(help="0 keeps all tokens.")] = 0,
+    seed: int = 0,
+    recipe: Annotated[Path | None, typer.Option(help="The recipe, for a checkpoint that does not hold one.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; the GPU when there is one.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; bfloat16 on a GPU.")] = None,
+) -> None:
+    """Talk with a model; piped in, each line is a turn. /reset forgets, /save FILE keeps the conversation."""
+    from llmtrain.generation.chat_command import chat_command
+
+    chat_command(
+        source,
+        system=system,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
         recipe=recipe,
         device=device,
         dtype=dtype,
