@@ -1,5 +1,6 @@
 """What a data recipe (`data_prep/*.yaml`) may say."""
 
+from collections.abc import Sequence
 from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -39,19 +40,15 @@ class PrepTokenizer(Config):
         return self
 
 
-class SourceConfig(Config):
-    """Where documents come from: files (`files`), or a dataset of the Hugging Face hub (`hf_name`)."""
+class SourcePlace(Config):
+    """Where the rows of a source come from: files (`files`), or a dataset of the Hugging Face hub (`hf_name`)."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """Names the source in messages and totals, and its folder under `split_by_source`. Also decides, with a
-    document's number, whether the document is for training or validation."""
+    """Names the source in messages and totals, and its folder under `split_by_source`."""
     files: list[str] | None = None
     """Paths and globs (`**` for any depth). `{stdlib}` stands for the folder of Python's standard library."""
     exclude: list[str] = Field(default_factory=list)
     """Globs of files to leave out; also with `{stdlib}`."""
-    format: Literal["auto", "text", "jsonl", "parquet", "python_literals"] = "auto"
-    """`auto` goes by the name: `.jsonl`/`.json`, `.parquet`, anything else is text, one document a file; `.gz` and
-    `.zst` are decompressed. `python_literals`: each string of the dict that a Python file assigns is a document."""
     order: Literal["name", "shuffled"] = "name"
     """Order of the files: by path, or shuffled in an order that depends on the paths alone."""
     hf_name: str | None = None
@@ -60,14 +57,8 @@ class SourceConfig(Config):
     """Split of the Hugging Face dataset."""
     hf_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of `load_dataset` (`name: en`, `data_dir: ...`)."""
-    text_column: str = "text"
-    """Column or key with the text."""
     proportion: float | None = Field(default=None, gt=0)
     """Share of this source in training. The loader does the mixing, so it needs `split_by_source: true`."""
-    max_documents: int | None = Field(default=None, gt=0)
-    """Stop after this many documents."""
-    max_bytes: int | None = Field(default=None, gt=0)
-    """Stop before the document (UTF-8) that would go beyond this many bytes."""
 
     @model_validator(mode="after")
     def _one_place(self) -> Self:
@@ -82,25 +73,25 @@ class SourceConfig(Config):
         return self
 
 
-class PrepRecipe(Config):
-    """Raw text to MDS shards: documents are tokenised, joined with EOS and cut to `max_seq_len`."""
+class SourceConfig(SourcePlace):
+    """A source of documents. A document is for validation or not by the source's name and the document's number."""
+
+    format: Literal["auto", "text", "jsonl", "parquet", "python_literals"] = "auto"
+    """`auto` goes by the name: `.jsonl`/`.json`, `.parquet`, anything else is text, one document a file; `.gz` and
+    `.zst` are decompressed. `python_literals`: each string of the dict that a Python file assigns is a document."""
+    text_column: str = "text"
+    """Column or key with the text."""
+    max_documents: int | None = Field(default=None, gt=0)
+    """Stop after this many documents."""
+    max_bytes: int | None = Field(default=None, gt=0)
+    """Stop before the document (UTF-8) that would go beyond this many bytes."""
+
+
+class DataRecipe(Config):
+    """What every data recipe has."""
 
     out: str = Field(min_length=1)
     """Folder to make."""
-    max_seq_len: int = Field(gt=1)
-    """Tokens in a row of the shards."""
-    tokenizer: PrepTokenizer
-    """The tokenizer."""
-    sources: list[SourceConfig] = Field(min_length=1)
-    """The corpora, read in this order."""
-    val_fraction: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the documents that goes to `val` instead of `train`: decided by a hash of source and document number."""
-    eos: bool = True
-    """End each document with the tokenizer's EOS."""
-    bos: bool = False
-    """Begin each document with the tokenizer's BOS."""
-    min_tokens: int = Field(default=1, ge=1)
-    """Drop documents with fewer tokens (EOS and BOS not counted)."""
     split_by_source: bool = False
     """Write `OUT/SOURCE/train` for each source instead of one `OUT/train`, for mixtures."""
     compression: str | None = Field(default="zstd:1", pattern=r"^zstd(:([1-9]|1[0-9]|2[0-2]))?$")
@@ -121,16 +112,42 @@ class PrepRecipe(Config):
     def _sorted_and_unique(cls, hashes: list[Any]) -> list[Any]:
         return sorted(set(hashes))  # what Streaming demands
 
+
+class PrepRecipe(DataRecipe):
+    """Raw text to MDS shards: documents are tokenised, joined with EOS and cut to `max_seq_len`."""
+
+    task: Literal["pretraining"] = "pretraining"
+    """What the shards are for; `finetuning` is another kind of recipe (`ConversationRecipe`)."""
+    max_seq_len: int = Field(gt=1)
+    """Tokens in a row of the shards."""
+    tokenizer: PrepTokenizer
+    """The tokenizer."""
+    sources: list[SourceConfig] = Field(min_length=1)
+    """The corpora, read in this order."""
+    val_fraction: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the documents that goes to `val` instead of `train`: decided by a hash of source and document number."""
+    eos: bool = True
+    """End each document with the tokenizer's EOS."""
+    bos: bool = False
+    """Begin each document with the tokenizer's BOS."""
+    min_tokens: int = Field(default=1, ge=1)
+    """Drop documents with fewer tokens (EOS and BOS not counted)."""
+
     @model_validator(mode="after")
     def _sources_fit(self) -> Self:
-        names = [source.name for source in self.sources]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"sources share a name: {', '.join(twice)}")
-        with_share = [source.name for source in self.sources if source.proportion is not None]
-        if with_share and not self.split_by_source:
-            raise ValueError("proportion is applied by the loader, source by source: set split_by_source: true")
-        if with_share and len(with_share) != len(names):
-            without = ", ".join(name for name in names if name not in with_share)
-            raise ValueError(f"either all sources have a proportion or none; these have none: {without}")
+        check_sources(self.sources, self.split_by_source)
         return self
+
+
+def check_sources(sources: Sequence[SourcePlace], split_by_source: bool) -> None:
+    """Raise ValueError when sources share a name, or proportions are given to some or cannot be applied."""
+    names = [source.name for source in sources]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"sources share a name: {', '.join(twice)}")
+    with_share = [source.name for source in sources if source.proportion is not None]
+    if with_share and not split_by_source:
+        raise ValueError("proportion is applied by the loader, source by source: set split_by_source: true")
+    if with_share and len(with_share) != len(names):
+        without = ", ".join(name for name in names if name not in with_share)
+        raise ValueError(f"either all sources have a proportion or none; these have none: {without}")

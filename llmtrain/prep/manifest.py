@@ -5,16 +5,16 @@ from pathlib import Path
 from typing import Any
 
 from llmtrain.errors import UserError
-from llmtrain.prep.config import PrepRecipe
+from llmtrain.prep.config import DataRecipe, PrepRecipe
 from llmtrain.prep.sources import describe_inputs
 from llmtrain.tokenizer import fingerprint
 
 NAME = "prep.json"
 FORMAT = 1
-_NOT_CONTENT = {"out", "overwrite", "variables"}  # keys of the recipe that do not change what is written
+_NOT_CONTENT = {"out", "overwrite", "variables", "task"}  # keys of the recipe that do not change what is written
 
 
-def recipe_content(recipe: PrepRecipe) -> dict[str, Any]:
+def recipe_content(recipe: DataRecipe) -> dict[str, Any]:
     """The part of a recipe that decides what is written."""
     return recipe.model_dump(mode="json", exclude=_NOT_CONTENT)
 
@@ -32,7 +32,7 @@ def write(folder: Path, content: dict[str, Any]) -> None:
     (folder / NAME).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def finished(recipe: PrepRecipe, inputs: dict[str, Any]) -> dict[str, Any] | None:
+def finished(recipe: DataRecipe, inputs: dict[str, Any]) -> dict[str, Any] | None:
     """The manifest, when this very recipe has been carried out on these inputs; None when there is work to do.
 
     Raises:

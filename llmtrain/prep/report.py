@@ -1,12 +1,21 @@
 """What is printed at the end: totals, and the loader's YAML, ready to paste."""
 
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from llmtrain.prep.config import PrepRecipe
 from llmtrain.prep.split import SplitCounts
+
+
+def print_nothing_to_do(console: Console, out: Path, done: Mapping[str, Any]) -> None:
+    """The one line of a run that finds its work done."""
+    rows = ", ".join(f"{name} {counts['samples']:,} rows" for name, counts in done["splits"].items())
+    line = f"{out} is complete ({rows}): same recipe, same inputs, nothing to do"
+    console.print(line, highlight=False, soft_wrap=True)
 
 
 def print_totals(console: Console, splits: Mapping[str, SplitCounts], seconds: float) -> None:

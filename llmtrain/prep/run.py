@@ -1,22 +1,25 @@
 """`llmtrain prep`: a data recipe carried out, from sources to shards."""
 
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from pydantic import ConfigDict
 from rich.console import Console
 
+from llmtrain.config.base import Config
 from llmtrain.config.load import load
 from llmtrain.errors import UserError
 from llmtrain.prep import manifest
 from llmtrain.prep.config import PrepRecipe
+from llmtrain.prep.conversation_config import ConversationRecipe
 from llmtrain.prep.encode import Encoder, batches, open_encoder
+from llmtrain.prep.in_place import hidden_until_complete
 from llmtrain.prep.mds import ShardWriter, token_dtype
 from llmtrain.prep.pack import Packer
 from llmtrain.prep.progress import progress
-from llmtrain.prep.report import loader_yaml, print_totals
+from llmtrain.prep.report import loader_yaml, print_nothing_to_do, print_totals
 from llmtrain.prep.sources import Document, documents, files_of
 from llmtrain.prep.split import SplitCounts, SplitWriter, is_validation
 from llmtrain.prep.train_tokenizer import train_tokenizer
@@ -29,7 +32,21 @@ def prepare(recipe_file: Path, overrides: Sequence[str] = ()) -> None:
     Raises:
         UserError: the recipe, a source or the tokenizer has a mistake, or `out` holds something else.
     """
-    run(load(recipe_file, PrepRecipe, overrides), Console())
+    if load(recipe_file, _Task, overrides).task == "finetuning":
+        from llmtrain.prep.conversations import run as run_conversations
+
+        run_conversations(load(recipe_file, ConversationRecipe, overrides), Console())
+    else:
+        run(load(recipe_file, PrepRecipe, overrides), Console())
+
+
+class _Task(Config):
+    """The one key that decides what the others may be."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    task: Literal["pretraining", "finetuning"] = "pretraining"
+    """What the shards are for."""
 
 
 def run(recipe: PrepRecipe, console: Console) -> dict[str, Any]:
@@ -46,24 +63,13 @@ def run(recipe: PrepRecipe, console: Console) -> dict[str, Any]:
     inputs = manifest.inputs_content(recipe)
     done = manifest.finished(recipe, inputs)
     if done is not None:
-        rows = ", ".join(f"{name} {counts['samples']:,} rows" for name, counts in done["splits"].items())
-        console.print(
-            f"{out} is complete ({rows}): same recipe, same inputs, nothing to do", highlight=False, soft_wrap=True
-        )
+        print_nothing_to_do(console, out, done)
         return done
     start = time.monotonic()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.parent / f".{out.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-    partial.mkdir()
-    try:
+    with hidden_until_complete(out) as partial:
         content, splits = _make(recipe, partial, console)
         content["inputs"] = inputs
         manifest.write(partial, content)
-        _put_in_place(partial, out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     print_totals(console, splits, time.monotonic() - start)
     console.print(f"\n{out} is complete. For the training recipe:\n", highlight=False, soft_wrap=True)
     console.print(loader_yaml(recipe), highlight=False, markup=False, soft_wrap=True)
@@ -188,12 +194,3 @@ def _bytes_to_read(recipe: PrepRecipe) -> int | None:
             known = min(known, sum(path.stat().st_size for path in files))
         total += known
     return total
-
-
-def _put_in_place(partial: Path, out: Path) -> None:
-    old = out.parent / f".{out.name}.old"
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        out.rename(old)
-    partial.rename(out)
-    shutil.rmtree(old, ignore_errors=True)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from llmtrain.compressed import bare_suffix, open_bytes
 from llmtrain.errors import UserError
-from llmtrain.prep.config import SourceConfig
+from llmtrain.prep.config import SourceConfig, SourcePlace
 
 
 class Document(NamedTuple):
@@ -43,8 +43,17 @@ def documents(source: SourceConfig) -> Iterator[Document]:
         yield Document(text, length)
 
 
-def files_of(source: SourceConfig) -> list[Path]:
+def files_of(source: SourcePlace) -> list[Path]:
     """The files of a source, in the order in which they are read; empty for a Hugging Face dataset.
+
+    Raises:
+        UserError: a pattern matches no file.
+    """
+    return list(named_files_of(source))
+
+
+def named_files_of(source: SourcePlace) -> dict[Path, str]:
+    """The files of a source, each with its path from the first folder of its pattern that a wildcard stands in.
 
     Raises:
         UserError: a pattern matches no file.
@@ -64,11 +73,13 @@ def files_of(source: SourceConfig) -> list[Path]:
     if source.files and not kept:
         raise UserError(f"source {source.name!r}: exclude leaves none of the {len(found)} files")
     if source.order == "shuffled":
-        return sorted(kept, key=lambda path: hashlib.sha256(found[path].encode()).digest())
-    return sorted(kept)
+        kept.sort(key=lambda path: hashlib.sha256(found[path].encode()).digest())
+    else:
+        kept.sort()
+    return {path: found[path] for path in kept}
 
 
-def describe_inputs(source: SourceConfig) -> dict[str, Any]:
+def describe_inputs(source: SourcePlace) -> dict[str, Any]:
     """What a later run compares to see whether the inputs are still the same: names and sizes of the files."""
     if source.hf_name is not None:
         return {"hf_name": source.hf_name, "split": source.split}
