@@ -4,7 +4,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from llmtrain.hf_model.decoder import TransformersDecoder
+from llmtrain.hf_model.model import HFCausalLM
 from llmtrain.model.cache import KVCache
 from llmtrain.model.mpt import MPT
 
@@ -65,7 +68,7 @@ class CachedDecoder:
 class RecomputingDecoder:
     """Any model with MPT's forward, without a cache: each step computes the whole again.
 
-    For models of transformers: FSDP's mixed precision would replace their cache by a copy. Short samples bear it.
+    For sharded models of transformers: FSDP's mixed precision would replace their cache by a copy. Short samples bear it.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -83,6 +86,9 @@ class RecomputingDecoder:
         """Nothing is kept between calls."""
 
 
-def decoder_for(model: nn.Module) -> CachedDecoder | RecomputingDecoder:
+def decoder_for(model: nn.Module) -> CachedDecoder | TransformersDecoder | RecomputingDecoder:
     """A new decoder; the model should be in evaluation mode."""
-    return CachedDecoder(model) if isinstance(model, MPT) else RecomputingDecoder(model)
+    if isinstance(model, MPT):
+        return CachedDecoder(model)
+    whole = not any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    return TransformersDecoder(model) if isinstance(model, HFCausalLM) and whole else RecomputingDecoder(model)

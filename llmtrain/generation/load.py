@@ -7,8 +7,10 @@ import torch
 
 from llmtrain.checkpoint.source import open_source
 from llmtrain.errors import UserError
+from llmtrain.hf_model.model import HFCausalLM
+from llmtrain.hf_model.source import HFSource, open_hf
 from llmtrain.model.mpt import MPT
-from llmtrain.tokenizer import load_tokenizer
+from llmtrain.tokenizer import TokenizerConfig, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -18,7 +20,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def load(
     path: Path, *, recipe: Path | None = None, device: str | None = None, dtype: str | None = None
-) -> tuple[MPT, "PreTrainedTokenizerFast"]:
+) -> tuple[MPT | HFCausalLM, "PreTrainedTokenizerFast"]:
     """Load a model in evaluation mode, and its tokenizer.
 
     Args:
@@ -34,19 +36,30 @@ def load(
     name = dtype or ("bfloat16" if device.startswith("cuda") else "float32")
     if name not in DTYPES:
         raise UserError(f"dtype {dtype}: use one of {', '.join(DTYPES)}.")
+    if (found := open_hf(path, recipe)) is not None:
+        return _hugging_face(found, device, DTYPES[name])
     source = open_source(path, recipe)
-    if source.tokenizer is None:
-        raise UserError(
-            f"{path}: no tokenizer is known for this model (no tokenizer.json beside it, no recipe). "
-            "Pass its recipe: --recipe yamls/x.yaml"
-        )
-    tokenizer = load_tokenizer(source.tokenizer)
+    tokenizer = _tokenizer(source.tokenizer, path)
     if len(tokenizer) > source.config.vocab_size:
         raise UserError(
-            f"{source.tokenizer.name}: {len(tokenizer):,} tokens, but the model has {source.config.vocab_size:,} "
+            f"{tokenizer.name_or_path}: {len(tokenizer):,} tokens, but the model has {source.config.vocab_size:,} "
             "embeddings: they do not belong together."
         )
     model = MPT(source.config, device="meta")
     weights = {key: value.to(device, DTYPES[name]) for key, value in source.weights.items()}
     model.load_state_dict(weights, strict=True, assign=True)
     return model.eval(), tokenizer
+
+
+def _hugging_face(found: HFSource, device: str, dtype: torch.dtype) -> tuple[HFCausalLM, "PreTrainedTokenizerFast"]:
+    tokenizer = _tokenizer(found.tokenizer, found.path)
+    return HFCausalLM(found.model, found.peft).eval().to(device, dtype), tokenizer
+
+
+def _tokenizer(known: TokenizerConfig | None, path: Path) -> "PreTrainedTokenizerFast":
+    if known is None:
+        raise UserError(
+            f"{path}: no tokenizer is known for this model (no tokenizer.json beside it, no recipe). "
+            "Pass its recipe: --recipe yamls/x.yaml"
+        )
+    return load_tokenizer(known)
