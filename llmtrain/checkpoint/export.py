@@ -18,7 +18,7 @@ from llmtrain.checkpoint.hugging_face_config import refuse_inexpressible
 from llmtrain.checkpoint.resolve import locate
 from llmtrain.checkpoint.source import Source, open_source
 from llmtrain.errors import UserError
-from llmtrain.tokenizer import load_tokenizer
+from llmtrain.tokenizer import TokenizerConfig, load_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 RECORD = "llmtrain_export.json"
@@ -186,7 +186,7 @@ def _tokenizer_folder(source: Source, staging: Path) -> Path | None:
     if source.tokenizer is None:
         return None
     folder = Path(source.tokenizer.name).expanduser()
-    if folder.is_dir() and not source.tokenizer.kwargs:
+    if folder.is_dir() and source.tokenizer == TokenizerConfig(name=source.tokenizer.name):
         return folder
     load_tokenizer(source.tokenizer).save_pretrained(staging)
     return staging

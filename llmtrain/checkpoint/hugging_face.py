@@ -53,7 +53,9 @@ def write_hf_folder(
     refuse_inexpressible(config, str(folder))
     token_ids = copy_tokenizer(tokenizer, folder, config.vocab_size) if tokenizer is not None else {}
     _write_json(folder / "config.json", to_hugging_face(config, dtype, token_ids))
-    known = {name: value for name, value in token_ids.items() if value is not None}
+    known: dict[str, Any] = {name: value for name, value in token_ids.items() if value is not None}
+    if tokenizer is not None and (ends := _ends_of_turns(folder)):
+        known["eos_token_id"] = ends
     _write_json(folder / "generation_config.json", known)
     save_torch_state_dict(
         # Mapped files and views must not drag their whole storage along, hence `contiguous` copies where needed.
@@ -93,6 +95,20 @@ def copy_tokenizer(source: Path, target: Path, vocab_size: int) -> dict[str, int
     if ids["pad_token_id"] is None:
         ids["pad_token_id"] = ids["eos_token_id"]
     return ids
+
+
+def _ends_of_turns(folder: Path) -> list[int]:
+    """Where generation must stop in a folder whose tokenizer has a chat template; else []."""
+    if not (folder / "chat_template.jinja").is_file() and not (
+        (folder / "tokenizer_config.json").is_file()
+        and _read_json(folder / "tokenizer_config.json").get("chat_template")
+    ):
+        return []
+    from llmtrain.stop_tokens import stop_ids
+    from llmtrain.tokenizer import TokenizerConfig, load_tokenizer
+
+    ends = stop_ids(load_tokenizer(TokenizerConfig(name=str(folder))))
+    return list(ends) if len(ends) > 1 else []
 
 
 def read_hf_folder(path: Path) -> tuple[MPTConfig, dict[str, Tensor]]:

@@ -3,9 +3,11 @@
 from collections.abc import Generator
 from typing import TYPE_CHECKING
 
+from torch import nn
+
 from llmtrain.errors import UserError
 from llmtrain.generation.conversation import Conversation, TextStream
-from llmtrain.generation.decoder import CachedDecoder
+from llmtrain.generation.decoder import Decoder, decoder_for
 from llmtrain.generation.generate import steps
 from llmtrain.generation.sampling import Sampling
 from llmtrain.model.mpt import MPT
@@ -21,7 +23,7 @@ class Chat:
     Attributes:
         conversation: what was said.
         reused: how many tokens of the last turn's prompt were in the cache already.
-        context: tokens that the model was trained on at once; a model with ALiBi goes on beyond them.
+        context: tokens that the model was trained on at once, or None; a model with ALiBi goes on beyond them.
         used: tokens of the conversation so far.
         cut_off: whether the last answer ended for lack of room (`max_new_tokens`, positions) or by interruption.
 
@@ -36,7 +38,7 @@ class Chat:
 
     def __init__(
         self,
-        model: MPT,
+        model: nn.Module,
         tokenizer: "PreTrainedTokenizerFast",
         *,
         system: str | None = None,
@@ -45,10 +47,10 @@ class Chat:
         seed: int = 0,
     ) -> None:
         self.conversation = Conversation(tokenizer, system)
-        self.context = model.config.max_seq_len
+        self._decoder: Decoder = decoder_for(model)
+        self.context = model.config.max_seq_len if isinstance(model, MPT) else self._decoder.positions
         self.reused = self.used = 0
         self.cut_off = False
-        self._decoder = CachedDecoder(model)
         self._cached: list[int] = []
         self._tokenizer = tokenizer
         self._stops = stop_ids(tokenizer)
@@ -108,8 +110,8 @@ class Chat:
         room = positions - prompt + 1  # the last token is never fed back
         if room < 1:
             raise UserError(
-                f"The conversation has {prompt:,} tokens with this turn, and the model takes {positions:,} "
-                "(max_seq_len, learned positions). Start over with /reset, or say less."
+                f"The conversation has {prompt:,} tokens with this turn, and the model takes at most "
+                f"{positions:,}: it has no positions beyond (max_seq_len). Start over with /reset, or say less."
             )
         return min(room, self._max_new_tokens)
 

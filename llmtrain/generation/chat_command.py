@@ -116,7 +116,7 @@ def _answer(chat: "Chat", line: str, console: "Console", interactive: bool) -> N
     sys.stdout.flush()
     if interactive and chat.cut_off:
         _say(console, "(cut off: --max-new-tokens, no more room, or interrupted)")
-    if interactive and chat.used > chat.context:
+    if interactive and chat.context is not None and chat.used > chat.context:
         trained = f"longer than the {chat.context:,} that the model was trained on"
         _say(console, f"({chat.used:,} tokens: {trained}; /reset starts over)")
 

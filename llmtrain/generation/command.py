@@ -8,10 +8,10 @@ from llmtrain.errors import UserError
 from llmtrain.generation.prompts import Completion, Prompt, gather_prompts, write_jsonl
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedTokenizerFast
 
     from llmtrain.generation.sampling import Sampling
-    from llmtrain.model.mpt import MPT
 
 
 def generate_command(
@@ -76,7 +76,7 @@ def generate_command(
 
 
 def complete(
-    model: "MPT",
+    model: "nn.Module",
     tokenizer: "PreTrainedTokenizerFast",
     prompts: Sequence[Prompt],
     *,

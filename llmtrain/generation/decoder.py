@@ -36,6 +36,10 @@ class Decoder(Protocol):
         """Goes on with those rows of the batch only."""
         ...
 
+    def rewind(self, length: int) -> None:
+        """Forgets all but the first `length` tokens: the next call may go on differently from there."""
+        ...
+
 
 class CachedDecoder:
     """An MPT, whole or sharded, with a KV cache.
@@ -61,14 +65,15 @@ class CachedDecoder:
         self.cache.keep_rows(rows)
 
     def rewind(self, length: int) -> None:
-        """Forget all but the first `length` tokens: the next call may go on differently from there."""
+        """See Decoder."""
         self.cache.rewind(length)
 
 
 class RecomputingDecoder:
     """Any model with MPT's forward, without a cache: each step computes the whole again.
 
-    For sharded models of transformers: FSDP's mixed precision would replace their cache by a copy. Short samples bear it.
+    For sharded models of transformers: FSDP's mixed precision would replace their cache by a copy. Short samples bear
+    it.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -83,6 +88,9 @@ class RecomputingDecoder:
         return logits[:, -1]
 
     def keep_rows(self, rows: Tensor) -> None:
+        """Nothing is kept between calls."""
+
+    def rewind(self, length: int) -> None:
         """Nothing is kept between calls."""
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmtrain.checkpoint import compare
+from llmtrain.checkpoint import compare, manifest
 from llmtrain.checkpoint import export as export_module
 from llmtrain.checkpoint.export import export
 from llmtrain.checkpoint.hugging_face import read_hf_folder, write_hf_folder
@@ -14,6 +14,7 @@ from llmtrain.checkpoint.read import read_weights
 from llmtrain.errors import UserError
 from llmtrain.model.config import MPTConfig
 from llmtrain.model.mpt import MPT
+from llmtrain.tokenizer import TokenizerConfig, fingerprint_of, load_tokenizer
 
 
 def same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> bool:
@@ -279,6 +280,40 @@ class TestTokenizer:
         path.write_text(json.dumps(content))
         with pytest.raises(UserError, match="fingerprint differs"):
             export(run.folder, tmp_path / "out")
+
+    def test_a_chat_template_and_its_end_of_turn_travel(self, run, tmp_path: Path) -> None:
+        """With the run's tokenizer, which has two tokens more than the one that the recipe names."""
+        from transformers import AutoTokenizer, GenerationConfig
+
+        opened = load_tokenizer(TokenizerConfig(name=str(run.tokenizer), chat_template="chatml", system_prompt="Hi."))
+        opened.save_pretrained(run.folder / "tokenizer")
+        path, _ = run.save()
+        content = json.loads((path / "manifest.json").read_text())
+        manifest.write(
+            path,
+            **{key: content[key] for key in ("kind", "step", "tokens", "recipe")},
+            files={name: manifest.FileEntry(**entry) for name, entry in content["files"].items()},
+            tokenizer_fingerprint=fingerprint_of(opened),
+        )
+        export(run.folder, tmp_path / "out")
+        theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+        talk = [{"role": "user", "content": "x"}]
+        assert theirs.apply_chat_template(talk, tokenize=False, add_generation_prompt=True) == (
+            "<|im_start|>system\nHi.<|im_end|>\n<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n"
+        )
+        ends = GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id
+        assert ends == [opened.eos_token_id, opened.convert_tokens_to_ids("<|im_end|>")]
+        assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == opened.eos_token_id
+
+    def test_the_recipes_template_serves_a_lonely_checkpoint(self, run, tmp_path: Path) -> None:
+        path, _ = run.save()
+        recipe = json.loads((path / "manifest.json").read_text())["recipe"]
+        files = {f.name: manifest.file_entry(f) for f in path.iterdir() if f.name != "manifest.json"}
+        recipe["tokenizer"]["chat_template"] = "chatml"
+        manifest.write(path, kind="sharded", step=3, tokens=1, files=files, recipe=recipe, tokenizer_fingerprint=None)
+        shutil.copytree(path, tmp_path / "alone")
+        export(tmp_path / "alone", tmp_path / "out")
+        assert "<|im_start|>" in (load_tokenizer(TokenizerConfig(name=str(tmp_path / "out"))).chat_template or "")
 
     def test_a_tokenizer_larger_than_the_model_is_refused(self, run, tmp_path: Path) -> None:
         run.save(vocab_size=128)

@@ -126,11 +126,26 @@ class TestChat:
         assert chat.cut_off
         assert chat.used == 65  # the last token needs no position
         kept = list(chat.conversation.messages)
-        with pytest.raises(UserError, match=r"takes 64 .*learned positions.*/reset"):
+        with pytest.raises(UserError, match=r"at most 64: .*max_seq_len.*/reset"):
             list(chat.say("the dog"))
         assert chat.conversation.messages == kept
         chat.reset()
         assert list(chat.say("fox"))
+
+
+def test_plain_transformers_holds_the_same_conversation(exported: Path) -> None:
+    """The export's template, its end of turn and its weights, without any of our code."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    theirs, tokenizer = AutoModelForCausalLM.from_pretrained(exported).eval(), AutoTokenizer.from_pretrained(exported)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": QUESTIONS[0]}], tokenize=False, add_generation_prompt=True
+    )
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+    written = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=60, do_sample=False)
+    answer = written[0, ids.shape[1] :]
+    assert tokenizer.decode(answer, skip_special_tokens=True) == ANSWERS[0]
+    assert tokenizer.convert_ids_to_tokens(int(answer[-1])) == "<|im_end|>"
 
 
 def talk(monkeypatch: pytest.MonkeyPatch, source: Path, lines: str, **options: Any) -> None:
