@@ -56,7 +56,7 @@ class FinetuningCollator:
             no row is padding alone.
         """
         used = [sum(len(ids) for ids, _ in row) for row in rows]
-        width = self._width(max(used))
+        width = self.width(max(used))
         ids = np.full((len(rows), width), self.pad_token_id, np.int64)
         trained = np.zeros((len(rows), width), np.bool_)
         number = np.full((len(rows), width), NO_EXAMPLE, np.int64)
@@ -79,7 +79,8 @@ class FinetuningCollator:
         }
         return {**batch, "sequence_id": sequence_id} if self.packed else batch
 
-    def _width(self, longest: int) -> int:
+    def width(self, longest: int) -> int:
+        """Tokens of a row, padding included, in a batch whose longest row has `longest`."""
         if self.shorten is None:
             return self.max_seq_len
         if self.shorten == "multiple of 8":

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
+from torch.utils.data.distributed import DistributedSampler
 
 from llmtrain.data.finetuning.collate import TokensAndMask
 from llmtrain.data.finetuning.epoch import EpochOrder, EpochPlan
@@ -180,11 +181,21 @@ class FinetuningDataset(Dataset[list[TokensAndMask]]):
         return rows if self.drop_last else max(rows, self.order.fewest_rows(self.seed))
 
 
-class RowSampler(Sampler[NDArray[np.int64]]):
-    """Gives a DataLoader the rows that its rank has left in the epoch that has begun."""
+class RowSampler(DistributedSampler[NDArray[np.int64]]):
+    """Gives a DataLoader the rows that its rank has left in the epoch that has begun.
+
+    A DistributedSampler by its class alone: that is how Composer sees that ranks read different rows. Composer also
+    takes the rows that such a sampler repeats out of an evaluation's last batch, by `total_size`: here there are none.
+    """
+
+    dataset: FinetuningDataset
 
     def __init__(self, dataset: FinetuningDataset) -> None:
         self.dataset = dataset
+        self.total_size = len(dataset)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Nothing: the dataset counts its epochs, also through a resume."""
 
     def __iter__(self) -> Iterator[NDArray[np.int64]]:
         return iter(self.dataset.rows_of_rank(self.dataset.epoch, self.dataset.row))

@@ -141,9 +141,7 @@ def build_finetuning_loader(
     """
     data = cfg.dataset
     if data.streaming:
-        from llmtrain.data.finetuning.online import build_streaming_loader
-
-        return build_streaming_loader(cfg, tokenizer=tokenizer)
+        raise UserError("dataset.streaming: not there yet; leave it out: examples are then tokenized before step 1")
     cache = Path(data.cache_dir).expanduser() if data.cache_dir else default_cache_dir()
     stores = prepare(
         lambda: open_sources(data, cache.parent / "shards"),

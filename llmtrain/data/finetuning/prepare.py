@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -32,6 +33,8 @@ _CHECKED = 64
 
 class Tokenizes(Protocol):
     """What `ExampleTokenizer` does."""
+
+    counts: Counter[str]
 
     def __call__(self, examples: Sequence[Example], /) -> "list[TokenizedExample | BadExample]": ...  # noqa: D102
 
@@ -100,6 +103,7 @@ def _tokenize(
     check: Callable[[Sequence[Example]], Sequence[str]] | None,
 ) -> None:
     console = Console(stderr=True)
+    noticed = tokenize.counts.copy()
     with (
         StoreWriter(folder, vocab_size=vocab_size, source=source.describe()) as store,
         counted(console, f"tokenizing {source.describe()}", source.rough_rows()) as done,
@@ -122,6 +126,7 @@ def _tokenize(
                 else:
                     store.drop(result, place)
             done(len(batch))
+        store.report.noticed = dict(tokenize.counts - noticed)
         if store.report.examples == 0:
             raise UserError(_nothing_left(store))
 

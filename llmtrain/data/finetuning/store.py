@@ -48,6 +48,8 @@ class Report:
     """Reason -> rows that were dropped for it."""
     first_dropped: list[dict[str, str]] = field(default_factory=list)
     """The first few of each reason: `place`, `reason`, `detail`."""
+    noticed: dict[str, int] = field(default_factory=dict)
+    """What the tokenizer noticed in the examples that were kept (`truncated`): examples."""
     seconds: float = 0.0
     """Wall time of tokenizing."""
 

@@ -1,0 +1,171 @@
+"""Tokenized once: found again, made anew when anything that decides over it changes; rows that are no use are told."""
+
+import json
+import multiprocessing
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from llmtrain.conversations.messages import BadExample
+from llmtrain.data.finetuning.show import count
+from llmtrain.data.finetuning.store import ExampleStore, StoreWriter
+from llmtrain.errors import UserError
+from tests.data.finetuning.conftest import chat, write_rows
+
+
+def stores(folder):
+    return sorted(path.name for path in folder.iterdir() if path.is_dir())
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """A file of good rows, and one of which some are none."""
+    bad = [
+        chat(0),
+        {"messages": [{"role": "user", "content": "Say 1."}]},
+        {"messages": [{"role": "user", "content": "Say 2."}, {"role": "assistant", "content": " "}]},
+        {"prompt": "Say 3.", "completion": 3},
+        {"nothing": "known"},
+        chat(5),
+    ]
+    write_rows(tmp_path / "good.jsonl", [chat(number) for number in range(30)])
+    path = write_rows(tmp_path / "bad.jsonl", bad)
+    with path.open("ab") as file:
+        file.write(b'{"prompt": "a", "response": "\xff"}\n{"prompt": \n')
+    return tmp_path
+
+
+def test_the_next_run_finds_what_was_tokenized(build, rows, tmp_path):
+    settings = {"files": str(rows / "good.jsonl"), "cache_dir": str(tmp_path / "cache")}
+    first = build(**settings)
+    (name,) = stores(tmp_path / "cache")
+    before = (tmp_path / "cache" / name / "ids.bin").stat().st_mtime_ns
+    start = time.process_time()
+    second = build(**settings)
+    assert time.process_time() - start < 1
+    assert (tmp_path / "cache" / name / "ids.bin").stat().st_mtime_ns == before
+    assert first.dataset.stores[0].ids(3).tolist() == second.dataset.stores[0].ids(3).tolist()
+
+
+def test_what_decides_over_the_examples_decides_over_the_store(build, rows, tmp_path):
+    settings = {"files": str(rows / "good.jsonl"), "cache_dir": str(tmp_path / "cache")}
+    build(**settings)
+    build(**settings, shuffle=True, packing=True, shuffle_seed=4)  # these do not
+    assert len(stores(tmp_path / "cache")) == 1
+    build(**settings, target_prompts="all")
+    build(**settings, limit=10)
+    build(**{**settings, "max_seq_len": 64})
+    assert len(stores(tmp_path / "cache")) == 4
+    write_rows(rows / "good.jsonl", [chat(number) for number in range(29)])
+    assert len(build(**settings).dataset.order.lengths) == 29
+    assert len(stores(tmp_path / "cache")) == 5
+
+
+def test_rows_that_are_no_use_are_dropped_and_told(build, rows):
+    loader = build(files=str(rows / "bad.jsonl"))
+    counts = count(loader)
+    assert (counts.rows_read, counts.examples) == (8, 2)
+    assert sum(counts.dropped.values()) == 6
+    assert counts.dropped["invalid UTF-8"] == counts.dropped["empty turn"] == counts.dropped["broken JSON"] == 1
+    report = loader.dataset.stores[0].report
+    places = {entry["reason"]: entry["place"] for entry in report.first_dropped}
+    assert places["invalid UTF-8"].endswith("bad.jsonl, line 7")
+    assert places["empty turn"].endswith("bad.jsonl, line 3")
+    assert loader.dataset.stores[0].place(1).endswith("bad.jsonl, line 6")
+
+
+def test_strict_names_the_first_bad_row_also_when_it_was_read_before(build, rows, tmp_path):
+    settings = {"files": str(rows / "bad.jsonl"), "cache_dir": str(tmp_path / "cache")}
+    with pytest.raises(UserError, match=r"bad\.jsonl, line 2: .*Mend or remove the row"):
+        build(**settings, strict=True)
+    assert stores(tmp_path / "cache") == []
+    build(**settings)
+    with pytest.raises(UserError, match=r"strict: true, and nothing can be learnt from these rows:\n(.*\n)*.*line 2"):
+        build(**settings, strict=True)
+
+
+def test_nothing_left_to_train_on(build, tmp_path):
+    path = write_rows(tmp_path / "x.jsonl", [{"messages": []}] * 9 + [{"prompt": "a", "response": ""}])
+    with pytest.raises(UserError) as problem:
+        build(files=str(path), cache_dir=str(tmp_path / "cache"))
+    assert "there is nothing to train on: all 10 rows were dropped" in str(problem.value)
+    assert "9 x no turns" in str(problem.value)
+    assert "x.jsonl, line 10" in str(problem.value)
+    assert stores(tmp_path / "cache") == []
+    path.write_text("\n")
+    with pytest.raises(UserError, match="it has no rows"):
+        build(files=str(path), cache_dir=str(tmp_path / "cache"))
+
+
+def test_long_examples_are_cut_or_dropped(build, tmp_path):
+    path = write_rows(tmp_path / "x.jsonl", [chat(0, 5), chat(1, 200)])
+    cut = build(files=str(path)).dataset
+    assert cut.order.lengths.max() == 128
+    assert cut.stores[0].report.noticed == {"truncated": 1}
+    dropped = build(files=str(path), long_examples="drop").dataset
+    assert len(dropped.order.lengths) == 1
+    assert dropped.stores[0].report.dropped == {"too long": 1}
+
+
+def test_ids_of_another_vocabulary(build, tmp_path):
+    path = write_rows(tmp_path / "x.jsonl", [{"turns": [{"input_ids": [1, 2], "labels": [3, 400]}]}])
+    settings = {"files": str(path), "cache_dir": str(tmp_path / "cache")}
+    with pytest.raises(UserError, match="400"):
+        build(**settings, vocab_size=322)
+
+
+def test_a_killed_run_leaves_nothing_that_is_taken_for_a_store(build, rows, tmp_path, monkeypatch):
+    """The second run waits for the first one's lock, and then does its work."""
+    settings = {"files": str(rows / "good.jsonl"), "cache_dir": str(tmp_path / "cache")}
+    fork = multiprocessing.get_context("fork")
+    adding = fork.Event()
+
+    def add_for_ever(*_):
+        adding.set()
+        time.sleep(60)
+
+    with monkeypatch.context() as slow:
+        slow.setattr(StoreWriter, "add", add_for_ever)
+        killed = fork.Process(target=build, kwargs=settings)
+        killed.start()
+    assert adding.wait(30)
+    assert [name for name in stores(tmp_path / "cache") if name.startswith(".")]
+    threading.Timer(0.7, killed.kill).start()
+    assert len(build(**settings)) == 8
+    assert not killed.is_alive()
+    (name,) = stores(tmp_path / "cache")
+    assert not name.startswith(".")
+
+
+def test_a_store_keeps_what_it_is_given(tmp_path):
+    with StoreWriter(tmp_path / "s", vocab_size=70_000, source="test") as writer:
+        writer.add(np.array([1, 69_999]), np.array([False, True]), "a\nb, line 1")
+        writer.drop(BadExample("empty turn", "turn 2"), "a, line 2")
+        writer.add(np.array([5]), np.array([False]), "a, line 3")
+    store = ExampleStore(tmp_path / "s")
+    assert len(store) == 2
+    assert store.lengths.tolist() == [2, 1]
+    assert store.ids(0).tolist() == [1, 69_999]
+    assert store.trained(0).tolist() == [False, True]
+    assert (store.place(0), store.place(1)) == ("a b, line 1", "a, line 3")
+    assert store.report.reasons() == "1 x empty turn: a, line 2 (turn 2)"
+    assert json.loads((tmp_path / "s" / "report.json").read_text())["largest_id"] == 69_999
+
+
+def test_a_store_that_fails_is_not_there(tmp_path):
+    with (
+        pytest.raises(UserError, match="outside of the model's vocabulary of 10"),
+        StoreWriter(tmp_path / "s", vocab_size=10, source="test") as writer,
+    ):
+        writer.add(np.array([1, 11]), np.array([False, True]), "a, line 1")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_runs_that_make_the_same_store(tmp_path):
+    for ids in ([1], [2]):
+        with StoreWriter(tmp_path / "s", vocab_size=10, source="test") as writer:
+            writer.add(np.array(ids), np.array([False]), "a")
+    assert ExampleStore(tmp_path / "s").ids(0).tolist() == [1]
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
