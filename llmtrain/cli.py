@@ -81,11 +81,14 @@ def export(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     recipe: Annotated[Path | None, typer.Option(help="The recipe, for a checkpoint that does not hold one.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing target.")] = False,
+    adapter_only: Annotated[
+        bool, typer.Option(help="Of a LoRA run, the adapters alone; merged when left out.")
+    ] = False,
 ) -> None:
     """Write a checkpoint as a Hugging Face folder for plain transformers, and prove that it is the same model."""
     from llmtrain.checkpoint.export import export as run
 
-    print(run(source, target, dtype=dtype, recipe=recipe, overwrite=overwrite))
+    print(run(source, target, dtype=dtype, recipe=recipe, overwrite=overwrite, adapter_only=adapter_only))
 
 
 @app.command()

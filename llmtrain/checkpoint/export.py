@@ -12,12 +12,14 @@ import xxhash
 from torch import Tensor
 
 from llmtrain.checkpoint import manifest
-from llmtrain.checkpoint.compare import Comparison, compare_with_transformers
+from llmtrain.checkpoint.compare import compare_with_transformers
 from llmtrain.checkpoint.hugging_face import is_hugging_face_folder, write_hf_folder
 from llmtrain.checkpoint.hugging_face_config import refuse_inexpressible
 from llmtrain.checkpoint.resolve import locate
 from llmtrain.checkpoint.source import Source, open_source
 from llmtrain.errors import UserError
+from llmtrain.hf_model.export import Written, write_adapters, write_merged
+from llmtrain.hf_model.source import open_hf
 from llmtrain.tokenizer import TokenizerConfig, load_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -46,6 +48,8 @@ class ExportReport:
     """Greedy tokens that were compared and are equal."""
     tokenizer: bool
     """Whether a tokenizer was written."""
+    adapters: bool = False
+    """Whether it is adapters alone, for PEFT."""
     done_before: bool = False
     """The target held this very export already; nothing was written."""
 
@@ -56,7 +60,8 @@ class ExportReport:
             else f"Exported {self.source} to {self.target}",
             f"  {self.parameters:,} parameters in {self.dtype}, {self.size / 1e6:,.1f} MB"
             + ("" if self.tokenizer else "; WITHOUT a tokenizer: none is known for this checkpoint"),
-            f"  opened by plain transformers: all tensors equal, logits within {self.max_difference:.1e} "
+            f"  opened by {'PEFT on the base model' if self.adapters else 'plain transformers: all tensors equal'}, "
+            f"logits within {self.max_difference:.1e} "
             f"(allowed: {self.tolerance:.1e}) at {self.positions} positions, {self.tokens} greedy tokens equal",
         ]
         return "\n".join(lines)
@@ -70,6 +75,7 @@ def export(
     overwrite: bool = False,
     recipe: Path | None = None,
     max_shard_size: int | str = "5GB",
+    adapter_only: bool = False,
 ) -> ExportReport:
     """Write a Hugging Face folder that plain ``AutoModelForCausalLM.from_pretrained`` opens, and prove it.
 
@@ -84,6 +90,8 @@ def export(
         overwrite: Replace an earlier export at the target.
         recipe: The YAML file with the model's config, for a checkpoint that carries none.
         max_shard_size: Largest weights file, in bytes or as text.
+        adapter_only: Write the adapters of a LoRA run alone (adapter_config.json, adapter_model.safetensors) instead of
+            merging them into the weights.
 
     Raises:
         UserError: the source cannot be read, transformers' MPT cannot express it, the target is taken, the weights do
@@ -92,34 +100,58 @@ def export(
     name = _SHORT.get(dtype, dtype)
     if name not in DTYPES:
         raise UserError(f"--dtype {dtype}: use one of {', '.join(DTYPES)}.")
-    if (before := _done_before(source, target, name)) is not None:
+    if (before := _done_before(source, target, name, adapter_only)) is not None:
         return before
     _refuse_taken(target, overwrite)
-    opened = open_source(source, recipe)
-    refuse_inexpressible(opened.config, str(opened.path))
-    weights = _cast(opened, name)
+    hugging_face = open_hf(source, recipe)
+    if adapter_only and hugging_face is None:
+        raise UserError(f"{source}: --adapter-only is for runs with `model.peft_config`; this is an MPT.")
+    opened = hugging_face or open_source(source, recipe)
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = target.parent / f".{target.name}.exporting-{uuid.uuid4().hex[:8]}"
     staging.mkdir()
     try:
         (staging / "out").mkdir()
-        tokenizer = _tokenizer_folder(opened, staging / "tokenizer")
-        write_hf_folder(
-            staging / "out", opened.config, weights, dtype=name, tokenizer=tokenizer, max_shard_size=max_shard_size
-        )
-        result = compare_with_transformers(staging / "out", opened.config, weights, tokenizer)
-        if result.problems:
+        if isinstance(opened, Source):
+            made = _write_mpt(opened, staging, name, max_shard_size)
+        elif adapter_only:
+            made = write_adapters(opened, staging / "out", dtype=name)
+        else:
+            made = write_merged(opened, staging / "out", dtype=name, max_shard_size=max_shard_size)
+        if made.comparison.problems:
             raise UserError(
                 f"{opened.path} was NOT exported: transformers opens the result as another function. "
-                + "; ".join(result.problems)
+                + "; ".join(made.comparison.problems)
             )
         size = sum(file.stat().st_size for file in (staging / "out").iterdir())
-        report = _report(opened, target, weights, name, size, result, tokenizer is not None)
+        report = ExportReport(
+            source=opened.path,
+            target=target,
+            parameters=made.parameters,
+            dtype=name,
+            size=size,
+            max_difference=made.comparison.max_difference,
+            tolerance=made.comparison.tolerance,
+            positions=made.comparison.positions,
+            tokens=made.comparison.tokens,
+            tokenizer=made.tokenizer,
+            adapters=adapter_only,
+        )
         _record(report, staging / "out")
         _move_into_place(staging / "out", target, staging / "old")
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return report
+
+
+def _write_mpt(source: Source, staging: Path, dtype: str, max_shard_size: int | str) -> Written:
+    refuse_inexpressible(source.config, str(source.path))
+    weights = _cast(source, dtype)
+    tokenizer = _tokenizer_folder(source, staging / "tokenizer")
+    out = staging / "out"
+    write_hf_folder(out, source.config, weights, dtype=dtype, tokenizer=tokenizer, max_shard_size=max_shard_size)
+    result = compare_with_transformers(out, source.config, weights, tokenizer)
+    return Written(sum(value.numel() for value in weights.values()), result, tokenizer is not None)
 
 
 def _checksum(checkpoint: Path) -> str | None:
@@ -134,12 +166,14 @@ def _record(report: ExportReport, folder: Path) -> None:
     (folder / RECORD).write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _done_before(source: Path, target: Path, dtype: str) -> ExportReport | None:
+def _done_before(source: Path, target: Path, dtype: str, adapters: bool) -> ExportReport | None:
     """The report of an earlier export of the same checkpoint in the same dtype, when the target holds it."""
     try:
         content = json.loads((target / RECORD).read_text())
         checksum = content.pop("checksum")
-        if checksum is None or content["dtype"] != dtype or checksum != _checksum(locate(source)):
+        if checksum is None or (content["dtype"], content.get("adapters", False)) != (dtype, adapters):
+            return None
+        if checksum != _checksum(locate(source)):
             return None
         return ExportReport(**{**content, "source": Path(content["source"]), "target": target}, done_before=True)
     except (OSError, ValueError, KeyError, TypeError):
@@ -153,7 +187,7 @@ def _refuse_taken(target: Path, overwrite: bool) -> None:
         )
     if not target.is_dir() or not any(target.iterdir()):
         return
-    if not is_hugging_face_folder(target):
+    if not is_hugging_face_folder(target) and not (target / "adapter_config.json").is_file():
         raise UserError(f"{target}: holds other files and is no earlier export; give a folder that does not exist.")
     if not overwrite:
         raise UserError(
@@ -206,26 +240,3 @@ def _move_into_place(made: Path, target: Path, old: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _report(
-    source: Source,
-    target: Path,
-    weights: dict[str, Tensor],
-    dtype: str,
-    size: int,
-    result: Comparison,
-    tokenizer: bool,
-) -> ExportReport:
-    return ExportReport(
-        source=source.path,
-        target=target,
-        parameters=sum(value.numel() for value in weights.values()),
-        dtype=dtype,
-        size=size,
-        max_difference=result.max_difference,
-        tolerance=result.tolerance,
-        positions=result.positions,
-        tokens=result.tokens,
-        tokenizer=tokenizer,
-    )

@@ -48,10 +48,15 @@ def open_source(path: Path, recipe: Path | None = None) -> Source:
     checkpoint = locate(path)
     # `locate` has hashed what it chose itself; what it was given, it returns as it is.
     config, weights = read_weights(checkpoint, recipe=recipe, verified=checkpoint != path)
-    return Source(checkpoint, config, weights, _tokenizer_of(checkpoint, recipe))
+    return Source(checkpoint, config, weights, tokenizer_of(checkpoint, recipe))
 
 
-def _tokenizer_of(checkpoint: Path, recipe: Path | None) -> TokenizerConfig | None:
+def tokenizer_of(checkpoint: Path, recipe: Path | None) -> TokenizerConfig | None:
+    """The tokenizer of a checkpoint: the run's own folder, else what its recipe names; None when nothing says so.
+
+    Raises:
+        UserError: the run's tokenizer is not the one that the checkpoint was trained with.
+    """
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
     run = run_folder(checkpoint)
     if run is not None and (run / "tokenizer" / "tokenizer.json").is_file():

@@ -7,6 +7,7 @@ import torch
 
 from llmtrain.checkpoint.source import open_source
 from llmtrain.errors import UserError
+from llmtrain.hf_model.load import cast
 from llmtrain.hf_model.model import HFCausalLM
 from llmtrain.hf_model.source import HFSource, open_hf
 from llmtrain.model.mpt import MPT
@@ -53,7 +54,7 @@ def load(
 
 def _hugging_face(found: HFSource, device: str, dtype: torch.dtype) -> tuple[HFCausalLM, "PreTrainedTokenizerFast"]:
     tokenizer = _tokenizer(found.tokenizer, found.path)
-    return HFCausalLM(found.model, found.peft).eval().to(device, dtype), tokenizer
+    return HFCausalLM(cast(found.model, dtype), found.peft).eval().to(device), tokenizer
 
 
 def _tokenizer(known: TokenizerConfig | None, path: Path) -> "PreTrainedTokenizerFast":

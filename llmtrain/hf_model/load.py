@@ -107,7 +107,7 @@ def with_weights(cfg: HFConfig, config: Any, dtype: torch.dtype) -> Any:
                 f"model: {name!r} has {kind.replace('_', ' ')}: {', '.join(keys[:5])} ({len(keys)} in all); they would "
                 "stay random. Is it a causal language model, and do config_overrides leave its shapes alone?"
             )
-    return model.to(dtype)
+    return cast(model, dtype)
 
 
 def without_weights(cfg: HFConfig, config: Any, dtype: torch.dtype) -> Any:
@@ -121,7 +121,15 @@ def without_weights(cfg: HFConfig, config: Any, dtype: torch.dtype) -> Any:
             )
         except (ValueError, ImportError) as problem:
             raise UserError(f"model: {cfg.pretrained_model_name_or_path!r} cannot be built: {_line(problem)}") from None
-    return model.to(dtype)
+    return cast(model, dtype)
+
+
+def cast(model: Any, dtype: torch.dtype) -> Any:
+    """Casts the parameters and leaves buffers: frequencies of rotary embeddings in bfloat16 are other positions."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    return model
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Low-rank adapters through PEFT."""
 
+import warnings
 from typing import Any
 
 from llmtrain.errors import UserError
@@ -43,7 +44,9 @@ def add_adapters(model: Any, cfg: HFConfig, *, weights: bool = True) -> Any:
     peft = require_peft()
     assert cfg.peft_config is not None
     try:
-        wrapped = peft.get_peft_model(model, peft_config(cfg.peft_config), adapter_name=ADAPTER)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # between PEFT and transformers
+            wrapped = peft.get_peft_model(model, peft_config(cfg.peft_config), adapter_name=ADAPTER)
     except (ValueError, KeyError) as problem:
         raise UserError(f"model.peft_config: {problem}") from None
     if weights and cfg.pretrained_lora_id_or_path is not None:

@@ -1,6 +1,8 @@
 """A causal language model of transformers with MPT's interface: a batch goes in, the loss and its sums come out."""
 
+import contextlib
 import inspect
+import logging
 import struct
 from collections.abc import Mapping
 from typing import Any
@@ -14,6 +16,8 @@ from llmtrain.errors import UserError
 from llmtrain.hf_model import documents, head, load, lora
 from llmtrain.hf_model.config import HFConfig
 from llmtrain.model.mpt import MPTOutput, logits_or_loss
+
+log = logging.getLogger(__name__)
 
 FROZEN_IDENTITY = "frozen_weights_hash"
 """A buffer of models whose checkpoints leave the frozen weights out: what these were."""
@@ -79,6 +83,7 @@ class HFCausalLM(nn.Module):
         attention_mask: Tensor | None = None,
         sequence_id: Tensor | None = None,
         cache: Any = None,
+        last_logits: bool = False,
     ) -> MPTOutput:
         """Logits, or with labels the loss.
 
@@ -89,6 +94,7 @@ class HFCausalLM(nn.Module):
             sequence_id: (batch, T) document numbers, -1 at padding: tokens see only their own document, and positions
                 begin anew in each.
             cache: a transformers cache (`transformers.DynamicCache`), extended here.
+            last_logits: only the last position's logits (batch, 1, vocab_size), without labels.
 
         Raises UserError for packed rows that this architecture cannot keep apart.
         """
@@ -102,9 +108,10 @@ class HFCausalLM(nn.Module):
             inputs["attention_mask"] = attention_mask.long()
             positions = documents.positions_of(attention_mask)
             inputs["position_ids"] = positions[:, -input_ids.shape[1] :]
-        inputs = {key: value for key, value in inputs.items() if key != "position_ids" or key in self._body_takes}
+        if not self.takes_positions:
+            inputs.pop("position_ids", None)
         hidden: Tensor = self.hf.base_model(**inputs)[0]
-        return self._output(hidden, labels)
+        return self._output(hidden[:, -1:] if last_logits else hidden, labels)
 
     def _output(self, hidden: Tensor, labels: Tensor | None) -> MPTOutput:
         if not self.plain:
@@ -148,7 +155,7 @@ class HFCausalLM(nn.Module):
 
     def frozen_identity(self) -> list[int]:
         """The hash of the frozen weights as they are now."""
-        return identity_of({name: p for name, p in self.named_parameters() if not p.requires_grad})
+        return frozen_identity(self)
 
     def check_frozen_identity(self) -> None:
         """To be called after a checkpoint was loaded, on the rank that has read the weights.
@@ -158,6 +165,11 @@ class HFCausalLM(nn.Module):
         """
         if self._frozen_identity is not None and self.get_buffer(FROZEN_IDENTITY).tolist() != self._frozen_identity:
             raise UserError(OTHER_FROZEN_WEIGHTS)
+
+    @property
+    def takes_positions(self) -> bool:
+        """Whether the body takes `position_ids` (MPT and BLOOM have none: ALiBi counts distances)."""
+        return "position_ids" in self._body_takes
 
     def fsdp_wrap_fn(self, module: nn.Module) -> bool:
         """Which modules are sharded as a unit: the decoder layers and an untied plain head; the rest is the root's."""
@@ -219,7 +231,7 @@ def _experts(config: Any) -> int | None:
 
 
 def build(cfg: HFConfig, *, device: str | torch.device = "cpu", n_tokens: int = 0) -> HFCausalLM:
-    """A model from a local folder or the hub.
+    """A model from a local folder or the hub, ready to train.
 
     Args:
         cfg: the recipe's `model`.
@@ -231,32 +243,42 @@ def build(cfg: HFConfig, *, device: str | torch.device = "cpu", n_tokens: int = 
     """
     from llmtrain.hf_model.probe import check_function
 
-    config = load.read_config(cfg)
-    dtype = load.dtype_of(cfg, config)
-    rows = load.vocab_size(config, n_tokens, may_grow=cfg.allow_embedding_resizing)
-    if torch.device(device).type == "meta":
-        config.get_text_config().vocab_size = rows
-        with load.parameters_on_meta():
-            model = load.without_weights(cfg, config, dtype)
-            peft = lora.add_adapters(model, cfg, weights=False) if cfg.peft_config else None
-        trained_in_float32(model)
-        made = HFCausalLM(model, peft)
-        if cfg.saves_adapters_only:
-            made.keep_frozen_identity()
-        return made
-    if cfg.pretrained:
-        model = load.with_weights(cfg, config, dtype)
-        load.grow(model, rows)
-    else:
-        config.get_text_config().vocab_size = rows
-        model = load.without_weights(cfg, config, dtype)
-    peft = lora.add_adapters(model, cfg) if cfg.peft_config else None
-    trained_in_float32(model)
-    made = HFCausalLM(model, peft)
-    check_function(made)
+    made = HFCausalLM(*parts(cfg, device=device, n_tokens=n_tokens))
+    if torch.device(device).type != "meta":
+        check_function(made)
     if cfg.saves_adapters_only:
         made.keep_frozen_identity()
     return made.train()
+
+
+def parts(cfg: HFConfig, *, device: str | torch.device = "cpu", n_tokens: int = 0) -> tuple[Any, Any]:
+    """The transformers model, and the PeftModel around it or None; arguments and errors as `build` has them."""
+    config = load.read_config(cfg)
+    dtype = load.dtype_of(cfg, config)
+    old = int(config.get_text_config().vocab_size)
+    rows = load.vocab_size(config, n_tokens, may_grow=cfg.allow_embedding_resizing)
+    on_meta = torch.device(device).type == "meta"
+    with load.parameters_on_meta() if on_meta else contextlib.nullcontext():
+        if cfg.pretrained and not on_meta:
+            model = load.with_weights(cfg, config, dtype)
+            load.grow(model, rows)
+        else:
+            config.get_text_config().vocab_size = rows
+            model = load.without_weights(cfg, config, dtype)
+        peft = lora.add_adapters(model, cfg, weights=not on_meta) if cfg.peft_config else None
+    if peft is not None and rows > old and not on_meta and not model.get_input_embeddings().weight.requires_grad:
+        log.warning(
+            "The tokenizer needs %d more embeddings than the model has, and peft_config freezes them. To train the new "
+            "tokens, add the layer to peft_config.modules_to_save (embed_tokens and lm_head in most architectures).",
+            n_tokens - old,
+        )
+    trained_in_float32(model)
+    return model, peft
+
+
+def frozen_identity(model: nn.Module) -> list[int]:
+    """`identity_of` the parameters that are not trained."""
+    return identity_of({name: p for name, p in model.named_parameters() if not p.requires_grad})
 
 
 def identity_of(tensors: Mapping[str, Tensor]) -> list[int]:

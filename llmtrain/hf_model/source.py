@@ -1,0 +1,101 @@
+"""Whatever a user points at that is a Hugging Face model other than MPT, opened for generation or export."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmtrain.checkpoint import source
+from llmtrain.checkpoint.resolve import locate
+from llmtrain.errors import UserError
+from llmtrain.hf_model.checkpoint import hf_config_of, is_hf_run, open_checkpoint
+from llmtrain.hf_model.config import HFConfig
+from llmtrain.hf_model.load import quiet_transformers, read_config
+from llmtrain.hf_model.lora import require_peft
+from llmtrain.hf_model.model import parts
+from llmtrain.tokenizer import TokenizerConfig, load_tokenizer
+
+
+@dataclass(frozen=True)
+class HFSource:
+    """A model as it lies on disk."""
+
+    path: Path
+    """The checkpoint that was chosen, or the folder."""
+    config: HFConfig
+    model: Any
+    """transformers' model, on the CPU, in evaluation mode."""
+    peft: Any
+    """The PeftModel around it, or None."""
+    tokenizer: TokenizerConfig | None
+    """Where its tokenizer is, or None when nothing says so."""
+    rows_added: bool = False
+    """Whether it has more embeddings than the model that it started from."""
+
+
+def open_hf(path: Path, recipe: Path | None = None) -> HFSource | None:
+    """Opens a run or checkpoint of `hf_causal_lm`, a Hugging Face folder, or a folder of adapters.
+
+    Args:
+        path: any of those.
+        recipe: the YAML file of the run, for a checkpoint that carries none.
+
+    Returns:
+        The model, or None when it is an MPT (which llmtrain opens itself) or something else.
+
+    Raises:
+        UserError: it is one of those and cannot be opened.
+    """
+    if path.is_dir() and (path / "adapter_config.json").is_file():
+        return _adapter_folder(path)
+    if path.is_dir() and (path / "config.json").is_file():
+        return None if _is_mpt(path) else _folder(path)
+    if not is_hf_run(path, recipe):
+        return None
+    checkpoint = locate(path)  # verifies what it chooses itself
+    cfg = hf_config_of(checkpoint, recipe)
+    tokenizer = source.tokenizer_of(checkpoint, recipe)
+    n_tokens = len(load_tokenizer(tokenizer)) if tokenizer is not None else 0
+    model, peft = open_checkpoint(checkpoint, cfg, n_tokens, verified=checkpoint != path)
+    grown = read_config(cfg).get_text_config().vocab_size < model.get_input_embeddings().weight.shape[0]
+    return HFSource(checkpoint, cfg, model, peft, tokenizer, grown)
+
+
+def _folder(path: Path) -> HFSource:
+    cfg = HFConfig(name="hf_causal_lm", pretrained_model_name_or_path=str(path))
+    model, _ = parts(cfg)
+    return HFSource(path, cfg, model.eval(), None, _tokenizer_in(path))
+
+
+def _adapter_folder(path: Path) -> HFSource:
+    peft = require_peft()
+    base = str(_json(path / "adapter_config.json").get("base_model_name_or_path") or "")
+    if not base:
+        raise UserError(f"{path}/adapter_config.json: does not say which model it belongs to.")
+    cfg = HFConfig(name="hf_causal_lm", pretrained_model_name_or_path=base)
+    model, _ = parts(cfg)
+    try:
+        with quiet_transformers():
+            wrapped = peft.PeftModel.from_pretrained(model, str(path))
+    except (ValueError, RuntimeError, OSError) as problem:
+        raise UserError(f"{path}: the adapters do not fit {base}: {str(problem).splitlines()[0]}") from None
+    return HFSource(path, cfg, wrapped.get_base_model().eval(), wrapped.eval(), _tokenizer_in(path))
+
+
+def _tokenizer_in(path: Path) -> TokenizerConfig | None:
+    return TokenizerConfig(name=str(path)) if (path / "tokenizer.json").is_file() else None
+
+
+def _is_mpt(path: Path) -> bool:
+    config = _json(path / "config.json")
+    return config.get("model_type") == "mpt" or any("mpt" in str(a).lower() for a in config.get("architectures") or ())
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a JSON object.")
+    return content
