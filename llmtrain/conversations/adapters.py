@@ -18,6 +18,11 @@ _DOLLY = re.compile(
     r"### Instruction:[ \t]*\n+(?P<instruction>.*?)\n+### Response:\s*",
     re.DOTALL,
 )
+_EVOL = (
+    "victor123/evol_instruct_70k",  # its first name
+    "WizardLMTeam/WizardLM_evol_instruct_70k",
+    "WizardLMTeam/WizardLM_evol_instruct_V2_196k",
+)
 _HH_TURN = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
 _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 
@@ -47,7 +52,7 @@ def alpaca(row: Mapping[str, Any]) -> Chat:
     return _answered(_with_context(row, "input"), column(row, "output"))
 
 
-@register("evol-instruct", default_for=("WizardLM/evol_instruct_70k", "WizardLM/WizardLM_evol_instruct_V2_196k"))
+@register("evol-instruct", default_for=_EVOL)
 def evol_instruct(row: Mapping[str, Any]) -> Example:
     """Evol-Instruct of WizardLM: `instruction` and `output` (70k), or `conversations` as in ShareGPT (V2)."""
     if row.get("conversations") is not None:
@@ -79,7 +84,7 @@ def hc3(row: Mapping[str, Any]) -> Chat:
     return _answered(column(row, "question"), answer)
 
 
-@register("sharegpt", "sharegpt_vicuna")
+@register("sharegpt", "sharegpt_vicuna", default_for=("jeffwan/sharegpt_vicuna",))
 def sharegpt(row: Mapping[str, Any]) -> Example:
     """ShareGPT as cleaned for Vicuna: `conversations` of `from` and `value`.
 

@@ -2,8 +2,7 @@
 
 import json
 import time
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -54,7 +53,7 @@ class SourceCounts:
     """Rows read."""
     duplicates: int = 0
     """Rows that said exactly what an earlier one of any source had said: dropped."""
-    dropped: Counter[str] = field(default_factory=Counter)
+    dropped: dict[str, int] = field(default_factory=dict)
     """Malformed rows by reason."""
     first: dict[str, str] = field(default_factory=dict)
     """The first row of each reason, with what is wrong with it."""
@@ -118,7 +117,9 @@ def _make(recipe: ConversationRecipe, folder: Path, console: Console) -> dict[st
     }
 
 
-def _good(recipe: ConversationRecipe, source: ConversationSource, counts: SourceCounts, seen: set[bytes]) -> Any:
+def _good(
+    recipe: ConversationRecipe, source: ConversationSource, counts: SourceCounts, seen: set[bytes]
+) -> Iterator[Read]:
     """The rows of a source that are worth writing; the others are counted."""
     kept = 0
     for row in read(source):
@@ -126,7 +127,7 @@ def _good(recipe: ConversationRecipe, source: ConversationSource, counts: Source
         if isinstance(row.example, BadExample):
             if recipe.strict:
                 raise UserError(f"source {source.name!r}: {row.place}: {row.example} (strict: true)")
-            counts.dropped[row.example.reason] += 1
+            counts.dropped[row.example.reason] = counts.dropped.get(row.example.reason, 0) + 1
             counts.first.setdefault(row.example.reason, f"{row.place}: {row.example.detail}")
             continue
         digest = xxhash.xxh128_digest(json.dumps(asdict(row.example), sort_keys=True))
@@ -148,7 +149,8 @@ def _split_of(recipe: ConversationRecipe, source: ConversationSource, key: str) 
 
 
 def _fate(name: str, counts: SourceCounts) -> str:
-    dropped = ", ".join(f"{n:,} {reason} ({counts.first[reason]})" for reason, n in counts.dropped.most_common(3))
+    worst = sorted(counts.dropped.items(), key=lambda item: -item[1])[:3]
+    dropped = ", ".join(f"{n:,} {reason} ({counts.first[reason]})" for reason, n in worst)
     text = f"source {name!r}: {counts.rows:,} rows, {counts.duplicates:,} of them duplicates"
     return f"{text}, malformed: {dropped}" if dropped else text
 

@@ -6,6 +6,7 @@ The files are parsed, never imported or run. The same files give the same conver
 import ast
 import doctest
 import hashlib
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from llmtrain.errors import UserError
 _MAX_ANSWER = 600  # characters; a longer first paragraph is a manual page, not an answer
 _MIN_WORDS = 3  # "See above." teaches nothing
 _MAX_SESSION = 600  # characters of a conversation that is made of examples
+_DIRECTIVE = re.compile(r"[ \t]*#[ \t]*doctest:.*")
 _QUESTIONS = {
     "function": (
         "What does `{name}` do?",
@@ -76,12 +78,11 @@ def docstring_pairs(path: Path, module: str) -> Iterator[Found]:
         return
     for found in _documented(path, module):
         answer = " ".join(found.text.split("\n\n")[0].split())
+        wordings = _QUESTIONS.get(found.kind)
         public = not any(part.startswith("_") for part in found.name.split("."))
-        if not public or len(answer.split()) < _MIN_WORDS or len(answer) > _MAX_ANSWER or ">>>" in answer:
+        says_something = len(answer.split()) >= _MIN_WORDS and len(answer) <= _MAX_ANSWER and ">>>" not in answer
+        if wordings is None or not public or not says_something:
             continue
-        if found.kind == "module":
-            continue
-        wordings = _QUESTIONS[found.kind]
         choice = hashlib.sha256(found.name.encode()).digest()[0] % len(wordings)
         yield Found(found.name, found.line, _chat([(wordings[choice].format(name=found.name), answer)]))
 
@@ -89,14 +90,17 @@ def docstring_pairs(path: Path, module: str) -> Iterator[Found]:
 def doctest_sessions(path: Path, module: str) -> Iterator[Found]:
     """The examples of each docstring of a file: the user writes code, the assistant what it prints.
 
-    Statements that print nothing go before the next that does. Of an exception the last line is kept; examples whose
-    output is not exact (`...`, an address) are left out. A long docstring gives several conversations, each of which
-    begins with the statements of the earlier ones that print nothing.
+    A dict of texts counts, too: Python keeps its language reference in one (`pydoc_data/topics.py`). Statements that
+    print nothing go before the next that does. Of an exception the last line is kept; examples whose output is not
+    exact (`...`, an address, `+SKIP`) are left out. A long docstring gives several conversations, each of which begins
+    with the statements of the earlier ones that print nothing.
 
     Raises:
         UserError: it is not Python.
     """
-    for found in _documented(path, module):
+    if b">>>" not in _source(path):  # most files: parsing them is what costs
+        return
+    for found in _documented(path, module, dicts=True):
         if ">>>" not in found.text:
             continue
         try:
@@ -107,25 +111,39 @@ def doctest_sessions(path: Path, module: str) -> Iterator[Found]:
             yield Found(found.name, found.line, _chat(turns))
 
 
-def _documented(path: Path, module: str) -> Iterator[_Documented]:
-    """Everything in a file that has a docstring; of several with one name the first (overloads, setters)."""
-    try:
-        source = path.read_bytes()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about escapes in other people's strings
-            tree = ast.parse(source, str(path))
-    except (SyntaxError, ValueError) as problem:
-        raise UserError(f"{path} cannot be parsed as Python ({problem}): exclude it") from problem
-    except OSError as problem:
-        raise UserError(f"{path} cannot be read: {problem}") from problem
+def _documented(path: Path, module: str, *, dicts: bool = False) -> Iterator[_Documented]:
+    """Everything in a file that has a docstring; of several with one name the first (overloads, setters).
+
+    With `dicts` also the texts of the dicts that the module assigns.
+    """
+    tree = _parse(path)
     text = ast.get_docstring(tree)
     if text:
         yield _Documented(module, "module", 1, text)
+    if dicts:
+        yield from _texts(tree, module)
     seen: set[str] = set()
     for found in _inside(tree, module, in_class=False):
         if found.name not in seen:
             seen.add(found.name)
             yield found
+
+
+def _source(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as problem:
+        raise UserError(f"{path} cannot be read: {problem}") from problem
+
+
+def _parse(path: Path) -> ast.Module:
+    source = _source(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about escapes in other people's strings
+            return ast.parse(source, str(path))
+    except (SyntaxError, ValueError) as problem:
+        raise UserError(f"{path} cannot be parsed as Python ({problem}): exclude it") from problem
 
 
 def _inside(scope: ast.AST, name: str, *, in_class: bool) -> Iterator[_Documented]:
@@ -142,13 +160,21 @@ def _inside(scope: ast.AST, name: str, *, in_class: bool) -> Iterator[_Documente
             yield from _inside(node, name, in_class=in_class)
 
 
+def _texts(tree: ast.Module, module: str) -> Iterator[_Documented]:
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
+            for key, value in zip(node.value.keys, node.value.values, strict=True):
+                if isinstance(key, ast.Constant) and isinstance(value, ast.Constant) and isinstance(value.value, str):
+                    yield _Documented(f"{module}.{key.value!s}", "text", key.lineno, value.value)
+
+
 def _sessions(examples: Sequence[doctest.Example]) -> Iterator[list[tuple[str, str]]]:
     silent: list[str] = []  # all statements so far that print nothing
     waiting: list[str] = []  # those since the last turn
     turns: list[tuple[str, str]] = []
     length = 0
     for example in examples:
-        code = example.source.strip()
+        code = _DIRECTIVE.sub("", example.source).strip()
         printed = _printed(example)
         if printed == "":
             silent.append(code)
@@ -177,7 +203,7 @@ def _printed(example: doctest.Example) -> str | None:
     want = example.want.strip("\n").rstrip()
     if example.exc_msg is not None:
         want = example.exc_msg.strip()
-    if "..." in want or " at 0x" in want:
+    if doctest.SKIP in example.options or "..." in want or " at 0x" in want:
         return None
     return "\n".join("" if line == "<BLANKLINE>" else line for line in want.splitlines())
 

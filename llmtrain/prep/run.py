@@ -32,12 +32,25 @@ def prepare(recipe_file: Path, overrides: Sequence[str] = ()) -> None:
     Raises:
         UserError: the recipe, a source or the tokenizer has a mistake, or `out` holds something else.
     """
-    if load(recipe_file, _Task, overrides).task == "finetuning":
+    recipe = load_recipe(recipe_file, overrides)
+    if isinstance(recipe, ConversationRecipe):
         from llmtrain.prep.conversations import run as run_conversations
 
-        run_conversations(load(recipe_file, ConversationRecipe, overrides), Console())
+        run_conversations(recipe, Console())
     else:
-        run(load(recipe_file, PrepRecipe, overrides), Console())
+        run(recipe, Console())
+
+
+def load_recipe(recipe_file: Path, overrides: Sequence[str] = ()) -> PrepRecipe | ConversationRecipe:
+    """Read a data recipe; its `task` decides what the other keys may be.
+
+    Raises:
+        ConfigError: with every mistake that was found.
+    """
+    task = load(recipe_file, _Task, overrides).task
+    if task == "finetuning":
+        return load(recipe_file, ConversationRecipe, overrides)
+    return load(recipe_file, PrepRecipe, overrides)
 
 
 class _Task(Config):

@@ -8,7 +8,7 @@ from streaming import MDSWriter, StreamingDataset
 from streaming.base.format.mds.reader import MDSReader
 
 from llmtrain.errors import UserError
-from llmtrain.prep.mds import ShardWriter, token_dtype
+from llmtrain.prep.mds import ShardWriter, TextShardWriter, token_dtype
 
 
 def rows_of(n, seq_len, dtype, seed=0):
@@ -18,6 +18,10 @@ def rows_of(n, seq_len, dtype, seed=0):
 
 def read(folder):
     """Through Streaming's own reader."""
+    return [sample["tokens"] for sample in samples(folder)]
+
+
+def samples(folder):
     index = json.loads((folder / "index.json").read_text())
     out = []
     for entry in index["shards"]:
@@ -27,7 +31,7 @@ def read(folder):
 
             raw = zstandard.decompress((folder / entry["zip_data"]["basename"]).read_bytes())
             (folder / entry["raw_data"]["basename"]).write_bytes(raw)
-        out += [reader[i]["tokens"] for i in range(len(reader))]
+        out += [reader[i] for i in range(len(reader))]
     return out
 
 
@@ -92,6 +96,45 @@ def test_dataset_from_a_compressed_remote_with_hashes(tmp_path):
         remote=str(tmp_path / "r"), local=str(tmp_path / "l"), batch_size=1, validate_hash="xxh64"
     )
     assert np.array_equal(np.stack([row["tokens"] for row in dataset]), rows)
+
+
+CHATS = st.lists(st.fixed_dictionaries({"role": st.text(), "content": st.text()}), max_size=4)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=st.lists(st.fixed_dictionaries({"messages": CHATS, "a": st.text()}), min_size=1, max_size=20),
+    compression=st.sampled_from([None, "zstd:1"]),
+    limit=st.integers(1, 3000),
+)
+def test_streaming_reads_texts_and_json(tmp_path_factory, rows, compression, limit):
+    folder = tmp_path_factory.mktemp("mds")
+    columns = {"messages": "json", "a": "str"}
+    with TextShardWriter(folder, columns=columns, compression=compression, size_limit=limit) as writer:
+        for row in rows:
+            writer.write(row)
+    assert samples(folder) == rows
+    assert writer.samples == len(rows)
+    for entry in json.loads((folder / "index.json").read_text())["shards"]:
+        assert entry["raw_data"]["bytes"] <= limit or entry["samples"] == 1
+
+
+def test_same_bytes_of_text_as_streamings_own_writer(tmp_path):
+    rows = [{"prompt": "p" * (i % 7), "messages": [{"role": "user", "content": "x" * i}]} for i in range(100)]
+    settings = {"columns": {"prompt": "str", "messages": "json"}, "hashes": ["xxh64"], "size_limit": 1500}
+    with (
+        MDSWriter(out=str(tmp_path / "theirs"), **settings) as theirs,
+        TextShardWriter(tmp_path / "ours", compression=None, **settings) as ours,
+    ):
+        for row in rows:
+            theirs.write(row)
+            ours.write(row)
+    names = sorted(path.name for path in (tmp_path / "theirs").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "ours").iterdir())
+    assert len(names) > 3
+    for name in names:
+        ours_bytes, theirs_bytes = ((tmp_path / who / name).read_bytes() for who in ("ours", "theirs"))
+        assert ours_bytes == theirs_bytes or json.loads(ours_bytes) == json.loads(theirs_bytes)
 
 
 def test_no_index_after_an_exception(tmp_path):

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from llmtrain.config.load import load
 from llmtrain.errors import UserError
 from llmtrain.prep.config import PrepRecipe
-from llmtrain.prep.run import prepare, run
+from llmtrain.prep.run import load_recipe, prepare, run
 from llmtrain.prep.split import is_validation
 from llmtrain.tokenizer import fingerprint
 
@@ -255,7 +255,19 @@ def test_prepare_reads_the_file_and_overrides(tmp_path, docs, capsys):
 
 @pytest.mark.parametrize("file", sorted((ROOT / "data_prep").glob("*.yaml")), ids=lambda path: path.name)
 def test_shipped_recipes_are_valid(file):
-    load(file, PrepRecipe)
+    load_recipe(file)
+
+
+def test_task_decides_on_the_keys(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("out: x\nsources: [{name: a, files: [a]}]\n")
+    assert load_recipe(file, ["task=finetuning"]).task == "finetuning"
+    with pytest.raises(UserError, match="max_seq_len"):
+        load_recipe(file)
+    with pytest.raises(UserError, match=r"pretraining.*finetuning"):
+        load_recipe(file, ["task=finetunning"])
+    with pytest.raises(UserError, match="max_seq_len"):
+        load_recipe(file, ["task=finetuning", "max_seq_len=8"])
 
 
 @pytest.mark.slow
