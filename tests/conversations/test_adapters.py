@@ -5,6 +5,7 @@ import pytest
 from llmtrain.conversations.formats import parse
 from llmtrain.conversations.messages import BadExample, Chat, PromptResponse
 from llmtrain.conversations.preprocessing import resolve
+from llmtrain.tokenizer import TokenizerConfig, load_tokenizer
 
 INTRO = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 
@@ -40,6 +41,17 @@ def test_dolly_hhrlhf():
     for prompt in ("Hi", f"{INTRO}\n### Instruction:\nHi", "Answer.\n### Instruction:\nHi\n### Response:\n"):
         with pytest.raises(BadExample, match="not in the Dolly format"):
             of("dolly_hhrlhf", {"prompt": prompt, "response": "x"})
+
+
+def test_the_dolly_template_gives_the_dataset_its_own_text_again(corpus):
+    """What a model is trained on is the prompt and response of `mosaicml/dolly_hhrlhf`, character by character."""
+    tokenizer = load_tokenizer(TokenizerConfig(name=str(corpus.tokenizer), chat_template="dolly"))
+    for row in DOLLY_HHRLHF:
+        turns = [{"role": role, "content": content} for role, content in of("dolly_hhrlhf", row)]
+        rendered = tokenizer.apply_chat_template(turns, tokenize=False)
+        assert rendered == row["prompt"] + row["response"] + tokenizer.eos_token
+        asked = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
+        assert asked == row["prompt"]
 
 
 def test_dolly_15k():
