@@ -54,7 +54,7 @@ def write_hf_folder(
     token_ids = copy_tokenizer(tokenizer, folder, config.vocab_size) if tokenizer is not None else {}
     _write_json(folder / "config.json", to_hugging_face(config, dtype, token_ids))
     known: dict[str, Any] = {name: value for name, value in token_ids.items() if value is not None}
-    if tokenizer is not None and (ends := _ends_of_turns(folder)):
+    if tokenizer is not None and (ends := ends_of_turns(folder)):
         known["eos_token_id"] = ends
     _write_json(folder / "generation_config.json", known)
     save_torch_state_dict(
@@ -97,7 +97,7 @@ def copy_tokenizer(source: Path, target: Path, vocab_size: int) -> dict[str, int
     return ids
 
 
-def _ends_of_turns(folder: Path) -> list[int]:
+def ends_of_turns(folder: Path) -> list[int]:
     """Where generation must stop in a folder whose tokenizer has a chat template; else []."""
     if not (folder / "chat_template.jinja").is_file() and not (
         (folder / "tokenizer_config.json").is_file()

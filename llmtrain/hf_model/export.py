@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llmtrain.checkpoint.compare import Comparison
-from llmtrain.checkpoint.hugging_face import copy_tokenizer
+from llmtrain.checkpoint.hugging_face import copy_tokenizer, ends_of_turns
 from llmtrain.errors import UserError
 from llmtrain.hf_model.compare import compare_adapters, compare_folder, merging_changes_nothing
 from llmtrain.hf_model.load import DTYPES, cast, quiet_transformers
@@ -53,6 +53,8 @@ def write_merged(source: HFSource, folder: Path, *, dtype: str, max_shard_size: 
         for key, value in ids.items():
             if value is not None and config is not None:
                 setattr(config, key, value)
+    if out.generation_config is not None and (ends := ends_of_turns(folder)):
+        out.generation_config.eos_token_id = ends
     with quiet_transformers():
         out.save_pretrained(folder, max_shard_size=max_shard_size, safe_serialization=True)
     comparison = compare_folder(
