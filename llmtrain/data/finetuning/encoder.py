@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llmtrain.fast_bpe import open_fast
+from llmtrain.fast_bpe import FastBPE, open_fast
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 Ids = NDArray[np.uint32]
@@ -28,6 +27,8 @@ class Encoder:
     """Matches the special tokens."""
     boundary: re.Pattern[str] | None
     """Matches every added token but white space: what is cut out of a text before anything else."""
+    fast: FastBPE | None
+    """tiktoken's core, where the tokenizer allows it."""
     separable: bool
     """Whether the ids of a text are those of its parts, cut at special tokens: nothing is put before a part."""
 
@@ -36,14 +37,11 @@ class Encoder:
 
         spec = json.loads(tokenizer.backend_tokenizer.to_str())
         spec["truncation"] = spec["padding"] = None
-        self._marked = Tokenizer.from_str(json.dumps(spec))
-        self._plain = Tokenizer.from_str(json.dumps(spec))
-        self._plain.encode_special_tokens = True
+        self._raw = Tokenizer.from_str(json.dumps(spec))
         self.special = _any_of([token["content"] for token in spec["added_tokens"] if token["special"]])
         self.boundary = _any_of([t["content"] for t in spec["added_tokens"] if t["content"].strip()])
         self.separable = _is_separable(spec)
-        self._fast_marked = open_fast(self._marked) if self.separable else None
-        self._fast_plain = open_fast(self._marked, special=False) if self.separable else None
+        self.fast = open_fast(self._raw) if self.separable else None
         self.pipeline = {key: spec[key] for key in ("normalizer", "pre_tokenizer")}
 
     def split(self, text: str) -> Iterator[tuple[str, bool]]:
@@ -59,28 +57,27 @@ class Encoder:
 
     def plain(self, texts: Sequence[str]) -> list[Ids]:
         """Ids of texts in which the spelling of a special token is text like any other."""
-        if self._fast_plain is not None:
-            return [self._fast_plain.encode(text) for text in texts]
-        return _encode(self._plain, texts)
+        return self._encode(texts, special=False)
 
     def marked(self, texts: Sequence[str]) -> list[Ids]:
         """Ids of texts in which the spelling of a special token is that token."""
-        if self._fast_marked is not None:
-            return [self._fast_marked.encode(text) for text in texts]
-        return _encode(self._marked, texts)
+        return self._encode(texts, special=True)
+
+    def _encode(self, texts: Sequence[str], *, special: bool) -> list[Ids]:
+        if self.fast is not None:
+            return [self.fast.encode(text, special=special) for text in texts]
+        self._raw.encode_special_tokens = not special
+        found = self._raw.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(each.ids, dtype=np.uint32) for each in found]
 
     def with_places(self, texts: Sequence[str]) -> list[tuple[Ids, NDArray[np.int64]]]:
         """As `marked`, with the characters [start, end) that each token stands for, (n, 2)."""
-        found = self._marked.encode_batch(list(texts), add_special_tokens=False)
+        self._raw.encode_special_tokens = False
+        found = self._raw.encode_batch(list(texts), add_special_tokens=False)
         return [
             (np.array(each.ids, dtype=np.uint32), np.array(each.offsets, dtype=np.int64).reshape(-1, 2))
             for each in found
         ]
-
-
-def _encode(tokenizer: "Tokenizer", texts: Sequence[str]) -> list[Ids]:
-    found = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-    return [np.array(each.ids, dtype=np.uint32) for each in found]
 
 
 def _any_of(tokens: Sequence[str]) -> re.Pattern[str] | None:
