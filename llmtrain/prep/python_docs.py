@@ -17,7 +17,7 @@ from llmtrain.errors import UserError
 
 _MAX_ANSWER = 600  # characters; a longer first paragraph is a manual page, not an answer
 _MIN_WORDS = 3  # "See above." teaches nothing
-_MAX_SESSION = 600  # characters of a conversation that is made of examples
+_MAX_SESSION = 300  # characters of a conversation of examples: digits and signs take a token for every two
 _DIRECTIVE = re.compile(r"[ \t]*#[ \t]*doctest:.*")
 _QUESTIONS = {
     "function": (

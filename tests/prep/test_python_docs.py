@@ -138,7 +138,7 @@ def test_long_docstrings_are_divided_and_each_part_has_its_setup(tmp_path):
     assert [content for part in parts for role, content in part if role == "user"][1] == "x + 1"
     assert all(part[0][1].startswith("x = 1\nx + ") for part in parts)
     assert sum(len(part) for part in parts) == 40
-    assert all(sum(len(content) for _, content in part) <= 600 for part in parts)
+    assert all(sum(len(content) for _, content in part) <= 300 for part in parts)
 
 
 def test_mistakes(tmp_path):
