@@ -1,17 +1,19 @@
 """Callbacks by the names that llm-foundry gives them. The configs are light; composer is imported when built."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, field_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from llmtrain.config.base import Config
-from llmtrain.config.durations import BatchesOrEpochs
+from llmtrain.config.durations import BatchesOrEpochs, Interval
 from llmtrain.config.named_blocks import NamedBlocks
 from llmtrain.errors import UserError
 
 if TYPE_CHECKING:
     from composer import Callback
+    from transformers import PreTrainedTokenizerFast
 
 TimeUnit = Literal["seconds", "minutes", "hours", "days"]
 
@@ -139,13 +141,74 @@ class ScheduledGCConfig(Config):
     """No automatic collection during evaluation, either."""
 
 
+class PromptMessage(Config):
+    """A turn of a conversation."""
+
+    role: Literal["system", "user", "assistant", "tool"]
+    """Who speaks."""
+    content: str
+    """What is said."""
+
+
+class PromptText(Config):
+    """Text to continue as it stands, without a chat template."""
+
+    text: str
+    """The text."""
+
+
+class GenerateConfig(Config):
+    """Samples from fixed prompts, to the console, `samples.jsonl` and the loggers' tables."""
+
+    ADVICE: ClassVar[Mapping[str, str]] = {
+        "max_length": "Use `max_new_tokens`, which does not count the prompt.",
+        "num_beams": "Beam search is not supported. Remove it.",
+    }
+
+    prompts: tuple[str | PromptText | tuple[PromptMessage, ...], ...] = Field(min_length=1)
+    """What to continue or answer. A text is a user's turn where the run is fine-tuned on conversations, and text to
+    continue elsewhere; `{text: ...}` is always text to continue, and a list of `{role: user, content: ...}` always a
+    conversation."""
+    interval: Interval | None = None
+    """How often; after each evaluation when left out."""
+    batch_size: PositiveInt | None = None
+    """Prompts that run together; all of them when left out."""
+    max_new_tokens: PositiveInt = 64
+    """Longest sample."""
+    do_sample: bool | None = None
+    """Draw tokens instead of taking the most probable one; when left out, if `temperature`, `top_k` or `top_p` is
+    given."""
+    temperature: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    """Of sampling, 1 when left out; 0 is greedy."""
+    top_k: NonNegativeInt | None = None
+    """Keep the k most probable tokens; all when left out, or 0."""
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    """Keep the most probable tokens that add up to this (nucleus sampling); all when left out."""
+    seed: int = 0
+    """The same seed and weights give the same samples."""
+    use_cache: bool = True
+    """Accepted for old recipes; means nothing."""
+
+    @model_validator(mode="after")
+    def _greedy_has_no_temperature(self) -> Self:
+        if self.do_sample is False and any(x is not None for x in (self.temperature, self.top_k, self.top_p)):
+            raise ValueError("do_sample: false takes no temperature, top_k or top_p. Remove them, or do_sample.")
+        return self
+
+    @field_validator("prompts")
+    @classmethod
+    def _conversations_have_turns(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
+        if () in value:
+            raise ValueError("A conversation needs at least one turn.")
+        return value
+
+
 class CallbacksConfig(NamedBlocks):
     """Callbacks by name."""
 
     ADVICE: ClassVar[Mapping[str, str]] = {
         "hf_checkpointer": "Exports during a run come later. Use `llmtrain export RUN OUT` on any checkpoint.",
         "mono_checkpoint_saver": "Not needed: `llmtrain export` reads sharded checkpoints. Remove it.",
-        "generate_callback": "Sample generations during a run come later. Use `llmtrain generate CHECKPOINT`.",
         "eval_output_logging": "Comes later, with the evaluation tasks. Remove it for now.",
         "eval_gauntlet": "Comes later, with the evaluation tasks. Remove it for now.",
         "load_checkpoint": "Use the top-level key `load_path`, with `load_weights_only: true` for weights alone.",
@@ -175,12 +238,15 @@ class CallbacksConfig(NamedBlocks):
     """Snapshot when memory runs out."""
     scheduled_gc: ScheduledGCConfig | None = None
     """Garbage collection in step."""
+    generate_callback: GenerateConfig | None = None
+    """Samples from fixed prompts."""
 
 
 def callback_classes() -> "dict[str, type[Callback]]":
     """The class behind each name."""
     from composer import callbacks
 
+    from llmtrain.training.generate_callback import GenerateCallback
     from llmtrain.training.optimizer_monitor import OptimizerMonitor
     from llmtrain.training.scheduled_gc import ScheduledGC
 
@@ -196,11 +262,24 @@ def callback_classes() -> "dict[str, type[Callback]]":
         "memory_snapshot": callbacks.MemorySnapshot,
         "oom_observer": callbacks.OOMObserver,
         "scheduled_gc": ScheduledGC,
+        "generate_callback": GenerateCallback,
     }
 
 
-def build_callbacks(cfg: CallbacksConfig | None) -> "list[Callback]":
+def build_callbacks(
+    cfg: CallbacksConfig | None,
+    tokenizer: "PreTrainedTokenizerFast | None" = None,
+    folder: Path | None = None,
+    *,
+    conversations: bool = False,
+) -> "list[Callback]":
     """The callbacks that are switched on.
+
+    Args:
+        cfg: Their settings.
+        tokenizer: The run's, for samples.
+        folder: The run's, for their file.
+        conversations: The run is fine-tuned on conversations.
 
     Raises:
         UserError: One needs a package that is not installed.
@@ -208,7 +287,7 @@ def build_callbacks(cfg: CallbacksConfig | None) -> "list[Callback]":
     if cfg is None:
         return []
     classes = callback_classes()
-    built: list[Callback] = []
+    built: list[Any] = []
     for name, settings in cfg.switched_on():
         arguments: dict[str, Any] = settings.model_dump()
         try:
@@ -216,4 +295,6 @@ def build_callbacks(cfg: CallbacksConfig | None) -> "list[Callback]":
         except ImportError as error:
             missing = getattr(error.__cause__, "name", None) or "a package that is not installed"
             raise UserError(f"callbacks.{name} needs {missing}. Install it, or remove the callback.") from error
+        if name == "generate_callback" and tokenizer is not None and folder is not None:
+            built[-1].attach(tokenizer, folder, conversations)
     return built

@@ -92,7 +92,12 @@ def assemble(recipe: Recipe, start: resume.StartingPoint, device: torch.device) 
     preemption = Preemption(saver)
     restore_rng = composer_adapter.RestoreRNG()
     # The order matters: the random state is restored first; a stop saves before the saver looks whether it is due.
-    callbacks = [restore_rng, *build_callbacks(recipe.callbacks), preemption, *([saver] if saver else [])]
+    callbacks = [
+        restore_rng,
+        *build_callbacks(recipe.callbacks, tokenizer, run.path, conversations=bool(recipe.finetuning_loaders())),
+        preemption,
+        *([saver] if saver else []),
+    ]
     loggers = [MetricsFile(run), *build_loggers(recipe.loggers, run.path)]
     if recipe.log_to_console:
         loggers.append(Console(recipe.console_log_interval))

@@ -56,6 +56,7 @@ def test_all_of_them_build_and_round_trip() -> None:
         "early_stopper": {"monitor": "LanguageCrossEntropy", "dataloader_label": "eval", "patience": "20ba"},
         "speed_monitor": {"window_size": 3},
         "scheduled_gc": {"batch_interval": 7},
+        "generate_callback": {"prompts": ["x", [{"role": "user", "content": "y"}], {"text": "z"}]},
     }
     config = CallbacksConfig.model_validate(given)
     built = build_callbacks(config)
