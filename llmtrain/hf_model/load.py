@@ -1,6 +1,7 @@
 """transformers' own classes: the config of a model, and the model with its weights or without values."""
 
 import contextlib
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,7 @@ def with_weights(cfg: HFConfig, config: Any, dtype: torch.dtype) -> Any:
                 weights_only=True,
                 **_options(cfg, dtype),
             )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as problem:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, pickle.UnpicklingError) as problem:
         raise UserError(f"model: the weights of {name!r} cannot be loaded: {_line(problem)}") from None
     wrong = {kind: sorted(map(str, info.get(kind) or ())) for kind in ("missing_keys", "mismatched_keys")}
     for kind, keys in wrong.items():
@@ -227,5 +228,9 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def _line(problem: BaseException) -> str:
+    if "trust_remote_code" in str(problem):
+        return "it comes with Python code of its own. If you have read it and trust it: model.trust_remote_code: true"
+    if isinstance(problem, pickle.UnpicklingError):
+        return "its .bin holds more than tensors, and reading it would run code. Convert it to safetensors."
     lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
     return " ".join(lines[:2]) if lines else repr(problem)

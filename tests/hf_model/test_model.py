@@ -1,4 +1,4 @@
-"""The loss is transformers' own, packed rows are their examples, padding moves nothing; architecture by architecture."""
+"""The loss is transformers' own, packed rows are their examples, padding moves nothing; for each architecture."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -118,7 +118,7 @@ def test_logits_that_transformers_changes_in_an_unknown_way_are_found(
     model_folder: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(head, "logit_scale", lambda config: 1.0)
-    with pytest.raises(UserError, match="granite.*differ from transformers"):
+    with pytest.raises(UserError, match=r"granite.*differ from transformers"):
         opened(model_folder("granite"))
 
 
