@@ -10,10 +10,13 @@ from llmtrain.testing.corpus import TinyCorpus, tiny_corpus
 from llmtrain.tokenizer import (
     TokenizerConfig,
     fingerprint,
+    fingerprint_of,
     load_raw,
     load_tokenizer,
     special_token,
     tokenizer_json_path,
+    tokenizer_size,
+    with_chat_template,
 )
 
 
@@ -119,3 +122,59 @@ def test_code_of_a_folder_is_not_run(corpus, tmp_path):
     with contextlib.suppress(UserError):
         load_tokenizer(TokenizerConfig(name=str(tmp_path / "t")))
     assert not (tmp_path / "ran").exists()
+
+
+def config(corpus, **keys):
+    return TokenizerConfig(name=str(corpus.tokenizer), **keys)
+
+
+def test_without_new_keys_a_tokenizer_is_what_it_was(corpus):
+    full = load_tokenizer(config(corpus))
+    assert fingerprint_of(full) == fingerprint(str(corpus.tokenizer))
+    assert not full.chat_template
+    assert len(full) == tokenizer_size(config(corpus)) == corpus.vocab_size
+
+
+@pytest.mark.parametrize(
+    ("keys", "added"),
+    [
+        ({"chat_template": "chatml"}, ["<|im_start|>", "<|im_end|>"]),
+        ({"chat_template": "dolly"}, []),
+        (
+            {"chat_template": "chatml", "special_tokens": ["<|a|>", "<|im_end|>"]},
+            ["<|im_start|>", "<|im_end|>", "<|a|>"],
+        ),
+        ({"special_tokens": ["<|endoftext|>"]}, []),
+        ({"kwargs": {"pad_token": "<|pad|>"}}, ["<|pad|>"]),
+    ],
+)
+def test_template_and_tokens_travel_with_save_pretrained(corpus, tmp_path, keys, added):
+    cfg = config(corpus, **keys)
+    full = load_tokenizer(cfg)
+    assert [full.convert_ids_to_tokens(n) for n in range(corpus.vocab_size, len(full))] == added
+    assert tokenizer_size(cfg) == len(full)
+    full.save_pretrained(tmp_path)
+    from transformers import AutoTokenizer
+
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert again.chat_template == full.chat_template
+    assert fingerprint_of(again) == fingerprint_of(full) == fingerprint(str(tmp_path))
+    text = "<|im_start|>user\na <|im_end|>"
+    assert again.encode(text) == full.encode(text)
+    for token in added:
+        assert again.encode(f"x{token}y").count(again.convert_tokens_to_ids(token)) == 1
+        assert again.decode(again.encode(f"x{token}y"), skip_special_tokens=True) == "xy"
+    # A tokenizer that has the tokens and the template already gets nothing twice.
+    reopened = TokenizerConfig(name=str(tmp_path), **{**keys, "kwargs": {}})
+    assert len(load_tokenizer(reopened)) == tokenizer_size(reopened) == len(full)
+
+
+def test_chatml_where_there_is_no_template(corpus, tmp_path):
+    full = with_chat_template(load_tokenizer(config(corpus)))
+    assert full.chat_template == load_tokenizer(config(corpus, chat_template="chatml")).chat_template
+    assert len(full) == tokenizer_size(config(corpus), chat=True) == corpus.vocab_size + 2
+    full.save_pretrained(tmp_path)
+    assert tokenizer_size(TokenizerConfig(name=str(tmp_path)), chat=True) == len(full)
+    dolly = load_tokenizer(config(corpus, chat_template="dolly"))
+    assert with_chat_template(dolly).chat_template.count("### Response") == 1
+    assert len(dolly) == tokenizer_size(config(corpus, chat_template="dolly"), chat=True) == corpus.vocab_size
