@@ -34,6 +34,7 @@ ADVICE: Mapping[str, str] = {
     "tp_config": "Tensor parallelism is not built. Shard with `fsdp_config`.",
     "parallelism_config": "Write `fsdp_config`.",
     "deepspeed_config": "DeepSpeed is not used. Write `fsdp_config`.",
+    "batch_size": "The batch is `global_train_batch_size`; a value for interpolation goes under `variables`.",
     "n_gpus": _COMPUTED,
     "device_train_batch_size": _COMPUTED,
     "device_train_grad_accum": _COMPUTED,
