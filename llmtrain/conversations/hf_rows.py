@@ -58,11 +58,20 @@ def identity_of_dataset(
     split: str = "train",
     hf_kwargs: Mapping[str, Any] | None = None,
     safe_load: bool = False,
+    *,
+    ask_hub: bool = True,
 ) -> str:
-    """Text that changes when the rows of a dataset do: for the keys of caches. Arguments as those of `hf_rows`.
+    """Text that changes when the rows of a dataset do: for the keys of caches.
 
     Files on this machine count by their contents; a dataset of the hub by its commit, or by its name alone where the
     hub cannot be reached; an object store by its URI: what it holds is downloaded once and then taken to stay the same.
+
+    Args:
+        hf_name: see `hf_rows`.
+        split: see `hf_rows`.
+        hf_kwargs: see `hf_rows`.
+        safe_load: see `hf_rows`.
+        ask_hub: look up the commit; otherwise a dataset of the hub counts by its name.
 
     Raises:
         UserError: a local file is not there.
@@ -76,7 +85,7 @@ def identity_of_dataset(
     if folder.is_dir():
         inside = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".lock")
         return f"{asked} {contents_hash(list(inside))}"
-    if hf_name in _BUILDERS or _URI.match(hf_name):
+    if hf_name in _BUILDERS or _URI.match(hf_name) or not ask_hub:
         return asked
     return f"{asked} {_commit(hf_name, kwargs.get('revision'))}"
 

@@ -12,8 +12,9 @@ from rich.console import Console
 
 from llmtrain.conversations import preprocessing
 from llmtrain.conversations.messages import BadExample, Chat, PromptResponse
+from llmtrain.conversations.rows import identity_of_dataset
 from llmtrain.errors import UserError
-from llmtrain.prep import manifest
+from llmtrain.prep import manifest, python_docs
 from llmtrain.prep.conversation_config import ConversationRecipe, ConversationSource
 from llmtrain.prep.conversation_report import conversation_loader_yaml, print_conversations
 from llmtrain.prep.conversation_sources import Read, read
@@ -87,8 +88,15 @@ def run(recipe: ConversationRecipe, console: Console) -> dict[str, Any]:
 
 
 def _describe(source: ConversationSource) -> dict[str, Any]:
-    function = preprocessing.identity(source.preprocessing_fn, default_for=source.hf_name)
-    return {**describe_inputs(source), "preprocessing": function}
+    if source.format == "auto":
+        made_by = preprocessing.identity(source.preprocessing_fn, default_for=source.hf_name)
+    else:
+        made_by = f"{source.format} {python_docs.VERSION}"
+    described = {**describe_inputs(source), "made_by": made_by}
+    if source.hf_name is not None:  # files on this machine by their contents; what the hub has is asked for once
+        asked = (source.hf_name, source.split, source.hf_kwargs, source.safe_load)
+        described["identity"] = identity_of_dataset(*asked, ask_hub=False)
+    return described
 
 
 def _make(recipe: ConversationRecipe, folder: Path, console: Console) -> dict[str, Any]:

@@ -15,6 +15,9 @@ from typing import NamedTuple
 from llmtrain.conversations.messages import Chat, Message
 from llmtrain.errors import UserError
 
+VERSION = 2
+"""Goes up when the same files give other conversations: data of an earlier version is then told from today's."""
+
 _MAX_ANSWER = 600  # characters; a longer first paragraph is a manual page, not an answer
 _MIN_WORDS = 3  # "See above." teaches nothing
 _MAX_SESSION = 300  # characters of a conversation of examples: digits and signs take a token for every two

@@ -249,6 +249,10 @@ def test_hugging_face_folder(tmp_path):
     content, _ = make(recipe(tmp_path, source, val_fraction=0))
     assert content["splits"]["train"]["samples"] == 20
     assert rows(tmp_path / "out/train")[3]["messages"][0] == {"role": "user", "content": "Do 3"}
+    with (folder / "train.jsonl").open("a") as file:
+        file.write(json.dumps({**lines[0], "instruction": "One more"}) + "\n")
+    with pytest.raises(UserError, match="of s0"):
+        make(recipe(tmp_path, source, val_fraction=0))
 
 
 def test_starts_without_heavy_imports(tmp_path, chats):
