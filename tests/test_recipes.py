@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmtrain.config.load import load
 from llmtrain.model.flops import n_params
 from llmtrain.model.mpt import MPT
 from llmtrain.prep.config import PrepRecipe
+from llmtrain.prep.conversation_config import ConversationRecipe
+from llmtrain.prep.run import load_recipe as load_data_recipe
 from llmtrain.recipe.load import load_recipe
 from llmtrain.recipe.recipe import Recipe
 from llmtrain.recipe.schema import json_schema
@@ -21,12 +22,16 @@ DATA_PREP = YAMLS.parent / "data_prep"
 
 PARAMETERS = {
     "mpt-tiny": None,
+    "mpt-tiny-instruct": None,
+    "mpt-tiny-chat": None,
     "mpt-125m": 123_685_632,
     "mpt-350m": 353_682_432,
     "mpt-760m": 757_016_064,
     "mpt-1b": 1_311_344_640,
     "mpt-3b": 2_645_854_720,
     "mpt-7b": 6_649_286_656,  # published
+    "mpt-7b-instruct": 6_649_286_656,
+    "mpt-7b-chat": 6_649_286_656,
     "mpt-13b": 12_841_538_560,
     "mpt-30b": 29_957_200_896,  # the model card says 29.95B
 }
@@ -92,7 +97,8 @@ def test_mpt_7b_is_the_released_model() -> None:
     published = {0.33: 1, 0.299: 1, 0.1: 2, 0.04: 1, 0.035: 1, 0.033: 1, 0.03: 1, 0.019: 1, 0.014: 1}
     assert {share: list(shares.values()).count(share) for share in set(shares.values())} == published
     # One stream for each source of the data recipe, where prep writes it.
-    data = load(DATA_PREP / "mpt-7b.yaml", PrepRecipe)
+    data = load_data_recipe(DATA_PREP / "mpt-7b.yaml")
+    assert isinstance(data, PrepRecipe)
     assert {source.name: source.proportion for source in data.sources} == shares
     assert {stream.local for stream in streams.values()} == {f"{data.out}/{source.name}" for source in data.sources}
 
@@ -108,7 +114,7 @@ def test_the_documented_switch_to_lion_works(name: str) -> None:
     assert (optimizer.lr, tuple(optimizer.betas)) == (1e-4, (0.9, 0.99))
 
 
-@pytest.mark.parametrize("name", [n for n in PARAMETERS if n != "mpt-tiny"])
+@pytest.mark.parametrize("name", [n for n in PARAMETERS if not n.startswith("mpt-tiny")])
 def test_each_figure_has_its_source_or_says_unpublished(name: str) -> None:
     blocks = {"model", "optimizer", "scheduler", "algorithms", "fsdp_config"}
     top = {"max_seq_len", "max_duration", "global_train_batch_size", "precision", "seed"}
@@ -116,9 +122,9 @@ def test_each_figure_has_its_source_or_says_unpublished(name: str) -> None:
     for line in (YAMLS / f"{name}.yaml").read_text().splitlines():
         if re.match(r"\w", line):
             block = line.split(":")[0]
-        value = re.match(r"\s*[\w]+: +(?!mpt_causal_lm|auto|mixed|meta|sharded)[^#\s]", line)
+        value = re.match(r"\s*[\w]+: +(?!mpt_causal_lm|auto|mixed|meta|sharded|\$\{)[^#\s]", line)
         if value and (block in top or (block in blocks and line.startswith(" "))):
-            assert re.search(r"# .*(\[card\]|\[config\]|\[ladder\]|\[mpt-7b\]|unpublished)", line), line
+            assert re.search(r"# .*(\[(card|config|ladder|mpt-7b|base|sft|instruct)\]|unpublished)", line), line
 
 
 def test_the_committed_schema_is_the_current_one() -> None:
@@ -130,7 +136,45 @@ def test_the_committed_schema_is_the_current_one() -> None:
 
 @pytest.mark.parametrize("path", sorted(DATA_PREP.glob("*.yaml")), ids=lambda path: path.stem)
 def test_data_recipe_is_valid(path: Path) -> None:
-    assert load(path, PrepRecipe).sources
+    assert load_data_recipe(path).sources
+
+
+@pytest.mark.parametrize("name", ["instruct", "chat"])
+@pytest.mark.parametrize("size", ["7b", "tiny"])
+def test_fine_tuning_reads_what_its_data_recipe_writes(size: str, name: str) -> None:
+    recipe = load_recipe(YAMLS / f"mpt-{size}-{name}.yaml")
+    data = load_data_recipe(DATA_PREP / f"{'mpt-7b' if size == '7b' else 'tiny'}-{name}.yaml")
+    assert isinstance(data, ConversationRecipe)
+    written = {data.out} | {f"{data.out}/{source.name}" for source in data.sources}
+    for loader in recipe.finetuning_loaders().values():
+        streams = loader.dataset.streams
+        read = {stream.local for stream in streams.values()} if streams else {loader.dataset.local}
+        assert read <= written
+    trained = recipe.finetuning_loaders()["train_loader"].dataset.streams
+    if data.split_by_source:
+        assert trained is not None
+        assert {stream.local for stream in trained.values()} == written - {data.out}
+
+
+def test_the_twins_build_on_each_other() -> None:
+    tiny, instruct, chat = (load_recipe(YAMLS / f"mpt-tiny{name}.yaml") for name in ("", "-instruct", "-chat"))
+    assert instruct.model.pretrained == f"runs/{tiny.run_name}"
+    assert chat.model.pretrained == f"runs/{instruct.run_name}"
+    assert tiny.tokenizer.name == instruct.tokenizer.name == chat.tokenizer.name
+    assert chat.model.vocab_size == 4224 > instruct.model.vocab_size == tiny.model.vocab_size
+
+
+def test_instruct_is_the_published_run() -> None:
+    """The figures of llm-foundry's mpt-7b_dolly_sft.yaml."""
+    recipe = load_recipe(YAMLS / "mpt-7b-instruct.yaml")
+    optimizer = recipe.optimizer
+    assert (optimizer.name, optimizer.lr, optimizer.betas, optimizer.weight_decay) == (
+        *("decoupled_adamw", 5e-6, (0.9, 0.999)),
+        0,
+    )
+    assert (recipe.max_duration, recipe.global_train_batch_size, recipe.max_seq_len) == ("2ep", 48, 2048)
+    dataset = recipe.finetuning_loaders()["train_loader"].dataset
+    assert (dataset.target_prompts, dataset.target_responses, dataset.packs) == ("none", "last", False)
 
 
 def test_meta_models_hold_no_memory() -> None:
