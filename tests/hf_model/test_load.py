@@ -54,7 +54,7 @@ def test_config_overrides_change_the_config_and_unknown_keys_are_named(model_fol
 
 
 def test_shapes_that_do_not_fit_the_weights_are_refused(model_folder: Folder) -> None:
-    with pytest.raises(UserError, match="size mismatch|mismatched keys|ignore_mismatched_sizes"):
+    with pytest.raises(UserError, match=r"size mismatch|mismatched keys|ignore_mismatched_sizes"):
         opened(model_folder("llama"), config_overrides={"intermediate_size": 64})
 
 
