@@ -56,7 +56,11 @@ class Encoder:
             yield text[position:], False
 
     def plain(self, texts: Sequence[str]) -> list[Ids]:
-        """Ids of texts in which the spelling of a special token is text like any other."""
+        """Ids of texts in which the spelling of a special token is text like any other.
+
+        Raises:
+            UnicodeEncodeError: there is half a surrogate pair; so do the other methods.
+        """
         return self._encode(texts, special=False)
 
     def marked(self, texts: Sequence[str]) -> list[Ids]:
@@ -66,18 +70,27 @@ class Encoder:
     def _encode(self, texts: Sequence[str], *, special: bool) -> list[Ids]:
         if self.fast is not None:
             return [self.fast.encode(text, special=special) for text in texts]
+        _refuse_half_characters(texts)
         self._raw.encode_special_tokens = not special
         found = self._raw.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(each.ids, dtype=np.uint32) for each in found]
 
     def with_places(self, texts: Sequence[str]) -> list[tuple[Ids, NDArray[np.int64]]]:
         """As `marked`, with the characters [start, end) that each token stands for, (n, 2)."""
+        _refuse_half_characters(texts)
         self._raw.encode_special_tokens = False
         found = self._raw.encode_batch(list(texts), add_special_tokens=False)
         return [
             (np.array(each.ids, dtype=np.uint32), np.array(each.offsets, dtype=np.int64).reshape(-1, 2))
             for each in found
         ]
+
+
+def _refuse_half_characters(texts: Sequence[str]) -> None:
+    """Raises UnicodeEncodeError: there is half a surrogate pair; `tokenizers` would speak of a wrong type."""
+    for text in texts:
+        if not text.isascii():
+            text.encode()
 
 
 def _any_of(tokens: Sequence[str]) -> re.Pattern[str] | None:

@@ -109,6 +109,10 @@ def _check_marker(response: Response, tokenize: ExampleTokenizer) -> None:
     found = sorted(mark for mark in marks if mark in written)
     if response.marker.strip() and response.marker.strip() in written:
         found.append(response.marker.strip())
+    ended = special.search(response.close) if special else None
+    behind = response.close[ended.end() :] if ended else ""
+    if any(mark in response.before for mark in (special.findall(behind) if special else ())):
+        found.append(behind.strip())
     if response.trained and found:
         raise UserError(
             f"the chat template would train the role marker {found[-1]!r}: around an answer these would be trained as "
@@ -137,8 +141,9 @@ def _check_end(layout: Layout, tokenize: ExampleTokenizer) -> str | None:
     pieces, ending = ([(text.strip(), special) for text, special in part if text.strip()] for part in (header, after))
     if not pieces or not ending or pieces[-1] != ending[-1] or (len(ending) == 1 and ending[-1][1]):
         return None
-    closing = next((piece for piece in ending if piece[1]), None)
-    if closing is None or closing in pieces[-len(ending) :]:
+    closing = next((text for text, special in ending if special), None)
+    opening = layout.runs[0].parts[0]
+    if closing is None or (isinstance(opening, str) and closing in opening):  # it opens turns, it does not close them
         raise UserError(
             f"the chat template would train the role marker {ending[-1][0]!r}: it writes the generation prompt at the "
             "end of a conversation whether add_generation_prompt is set or not"
