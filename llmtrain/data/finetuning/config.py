@@ -205,6 +205,11 @@ class FinetuningDatasetConfig(SourceConfig):
             _check_source(self)
         else:
             _check_streams(self, self.streams)
+        shares = self.streams and any(stream.proportion is not None for stream in self.streams.values())
+        if self.epoch_size is not None and not shares:
+            raise mistake(
+                "It is what streams with a proportion share; without one, use choose or repeat.", "epoch_size"
+            )
         for name, source in self.streams.items() if self.streams else [("", self)]:
             if source.hf_name is not None and not (source.split or self.split):
                 key = f"streams.{name}.hf_name" if name else "hf_name"
@@ -267,5 +272,3 @@ def _check_streams(dataset: FinetuningDatasetConfig, streams: Mapping[str, Finet
     if with_share and len(with_share) != len(streams):
         without = ", ".join(name for name in streams if name not in with_share)
         raise ValueError(f"either all streams have a proportion or none; these have none: {without}")
-    if dataset.epoch_size is not None and not with_share:
-        raise mistake("It is the epoch's size when streams have a proportion; use choose or repeat here.", "epoch_size")

@@ -65,11 +65,12 @@ def prepare(
     """
     sources: list[Source] = []
 
-    def keys() -> list[str]:
+    def keys() -> list[tuple[str, str]]:
         sources.extend(open_sources())
-        return [_key(source, tokenize) for source in sources]
+        return [(_key(source, tokenize), source.describe()) for source in sources]
 
-    folders = [cache / key for key in from_leader(keys)]
+    found = from_leader(keys)
+    folders = [cache / key for key, _ in found]
 
     def make() -> None:
         for source, folder in zip(sources, folders, strict=True):
@@ -84,8 +85,9 @@ def prepare(
 
     made_by_leader(folders, make)
     stores = [ExampleStore(folder) for folder in folders]
-    for store in stores:  # on all ranks: one that failed alone would leave the others waiting
-        _check(store, vocab_size, strict)
+    for store, (_, description) in zip(stores, found, strict=True):
+        store.report.source = description  # the same data may have been tokenized under another name
+        _check(store, vocab_size, strict)  # on all ranks: one that failed alone would leave the others waiting
     _agree(stores)
     return stores
 

@@ -37,7 +37,7 @@ class Source:
 
     def describe(self) -> str:
         """For messages: name and place."""
-        return f"{self.name} ({self.place})" if self.name else self.place
+        return f"stream {self.name!r} ({self.place})" if self.name else self.place
 
     def rough_rows(self) -> int | None:
         """Roughly how many rows will be read; None when that would be dear to know."""
