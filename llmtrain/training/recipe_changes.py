@@ -19,6 +19,13 @@ FREE_MODEL_KEYS = {
     ("embedding_fraction",),
     ("max_seq_len",),
     ("pretrained",),
+    # Of Hugging Face models.
+    ("attn_implementation",),
+    ("use_flash_attention_2",),
+    ("trust_remote_code",),
+    ("allow_embedding_resizing",),
+    ("use_train_metrics",),
+    ("peft_config", "lora_dropout"),
 }
 FREE_AT_THE_START = {
     # What may differ as well when a new run takes the weights of another one and nothing else.
