@@ -99,4 +99,6 @@ def decoder_for(model: nn.Module) -> CachedDecoder | TransformersDecoder | Recom
     if isinstance(model, MPT):
         return CachedDecoder(model)
     whole = not any(isinstance(parameter, DTensor) for parameter in model.parameters())
-    return TransformersDecoder(model) if isinstance(model, HFCausalLM) and whole else RecomputingDecoder(model)
+    if isinstance(model, HFCausalLM) and whole and model.takes_cache:
+        return TransformersDecoder(model)
+    return RecomputingDecoder(model)

@@ -171,6 +171,11 @@ class HFCausalLM(nn.Module):
         """Whether the body takes `position_ids` (MPT and BLOOM have none: ALiBi counts distances)."""
         return "position_ids" in self._body_takes
 
+    @property
+    def takes_cache(self) -> bool:
+        """Whether the body takes transformers' DynamicCache (since version 5 all do)."""
+        return bool(getattr(self.hf, "_supports_cache_class", True))
+
     def fsdp_wrap_fn(self, module: nn.Module) -> bool:
         """Which modules are sharded as a unit: the decoder layers and an untied plain head; the rest is the root's."""
         return self._is_block(module) or isinstance(module, head.Head)

@@ -74,6 +74,10 @@ def test_a_loss_in_several_chunks_is_the_same(model_folder: Folder, monkeypatch:
 @pytest.mark.parametrize(("architecture", "attention"), PACKING)
 def test_packed_rows_are_their_examples(architecture: str, attention: str, model_folder: Folder) -> None:
     ours = opened(model_folder(architecture), attn_implementation=attention)
+    if architecture in ("mpt", "gpt2") and ours.no_documents:
+        pytest.skip(
+            "transformers before version 5 reads such a mask the other way round, or not; such rows are refused"
+        )
     lengths = (9, 4, 5)
     ids, _ = batch(1, rows=1, length=sum(lengths) + 2)
     sequence_id = torch.tensor([[0] * 9 + [1] * 4 + [2] * 5 + [-1] * 2])
