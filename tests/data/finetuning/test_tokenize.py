@@ -173,7 +173,7 @@ def test_dropped_reasoning_of_any_text(thoughts, answers, tokenizer_for, tokeniz
     chat = conversation("q", replies[0], "r", replies[1])
     (example,) = tokenize(QWEN3, target_responses="all")([chat])
     if isinstance(example, BadExample):  # said, not trained wrongly
-        assert example.reason in ("lost by the chat template", "changed by the chat template")
+        assert "by the chat template" in example.reason or "with the chat template" in example.reason
         assert any("think>" in text or text != text.strip() for text in (*thoughts, *answers))
         return
     rendered = tokenizer.apply_chat_template(as_rows(chat), tokenize=False)
