@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from llmtrain.fast_bpe import FastBPE, open_fast
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 Ids = NDArray[np.uint32]
@@ -27,22 +29,33 @@ class Encoder:
     """Matches the special tokens."""
     boundary: re.Pattern[str] | None
     """Matches every added token but white space: what is cut out of a text before anything else."""
-    fast: FastBPE | None
-    """tiktoken's core, where the tokenizer allows it."""
     separable: bool
     """Whether the ids of a text are those of its parts, cut at special tokens: nothing is put before a part."""
+    pipeline: dict[str, Any]
+    """What happens to a text before the tokenizer's model sees it."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerFast") -> None:
-        from tokenizers import Tokenizer
-
-        spec = json.loads(tokenizer.backend_tokenizer.to_str())
-        spec["truncation"] = spec["padding"] = None
-        self._raw = Tokenizer.from_str(json.dumps(spec))
+        self._text = tokenizer.backend_tokenizer.to_str()
+        spec = json.loads(self._text)
         self.special = _any_of([token["content"] for token in spec["added_tokens"] if token["special"]])
         self.boundary = _any_of([t["content"] for t in spec["added_tokens"] if t["content"].strip()])
         self.separable = _is_separable(spec)
-        self.fast = open_fast(self._raw) if self.separable else None
         self.pipeline = {key: spec[key] for key in ("normalizer", "pre_tokenizer")}
+
+    @cached_property
+    def _raw(self) -> "Tokenizer":
+        """Opened when it is needed: a run whose examples are tokenised already needs but their name."""
+        from tokenizers import Tokenizer
+
+        raw = Tokenizer.from_str(self._text)
+        raw.no_truncation()
+        raw.no_padding()
+        return raw
+
+    @cached_property
+    def fast(self) -> FastBPE | None:
+        """The tokenizer on tiktoken's core, where that is possible."""
+        return open_fast(self._raw) if self.separable else None
 
     def split(self, text: str) -> Iterator[tuple[str, bool]]:
         """A text cut at its special tokens; of each part, whether it is one."""

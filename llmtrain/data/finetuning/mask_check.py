@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llmtrain.conversations.messages import BadExample, Chat, Example
-from llmtrain.data.finetuning.render import Layout, Response
+from llmtrain.data.finetuning.layout import Layout, Response
 from llmtrain.data.finetuning.tokenize import ExampleTokenizer
 from llmtrain.errors import UserError
 

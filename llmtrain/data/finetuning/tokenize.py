@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from llmtrain.conversations.messages import BadExample, Chat, Example, PromptResponse, Tokenized
 from llmtrain.data.finetuning.encoder import Encoder, Ids
 from llmtrain.data.finetuning.jinja import ChatTemplate
-from llmtrain.data.finetuning.render import PROMPT, Layout, Renderer
+from llmtrain.data.finetuning.layout import PROMPT, Layout
+from llmtrain.data.finetuning.render import Renderer
 from llmtrain.errors import UserError
 from llmtrain.tokenizer import fingerprint_of
 
