@@ -129,8 +129,8 @@ class FinetuningDatasetConfig(SourceConfig):
     """Accepted for old recipes; examples end with the tokenizer's EOS."""
 
     streaming: bool = False
-    """Read MDS shards as they come, instead of tokenizing everything before the first step: for data that is larger
-    than the disk. (llmtrain's own.)"""
+    """Tokenize and pack MDS shards while they are read, instead of all of them before the first step. How many batches
+    an epoch has is then unknown: give max_duration and schedules in batches or tokens. (llmtrain's own.)"""
     cache_dir: str | None = None
     """Where tokenized examples are kept for the next run: $XDG_CACHE_HOME/llmtrain/examples (or ~/.cache/...) when left
     out. (llmtrain's own.)"""

@@ -119,6 +119,11 @@ class FinetuningDataset(Dataset[list[TokensAndMask]]):
         store, index = self.locate(number)
         return store.ids(index), store.trained(index)
 
+    def place(self, number: int) -> str:
+        """Where an example comes from: file and row."""
+        store, index = self.locate(number)
+        return store.place(index)
+
     def locate(self, number: int) -> tuple[ExampleStore, int]:
         """The store of an example, and its number there."""
         source = int(np.searchsorted(self._first, number, side="right")) - 1

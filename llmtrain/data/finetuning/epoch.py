@@ -87,13 +87,13 @@ class EpochOrder:
             parts.append(first + deal(size, draw, epoch, (seed, source), self.shuffle))
             first += size
         examples = np.concatenate(parts)
-        return examples[_random(seed, epoch, 1).permutation(len(examples))] if self.shuffle else examples
+        return examples[random_of(seed, epoch, 1).permutation(len(examples))] if self.shuffle else examples
 
     def _pack(self, examples: NDArray[np.int64], epoch: int, seed: int, window: int) -> EpochPlan:
         packer = OnlinePacker(self.seq_len, window)
         rows = packer.add(self.lengths[examples].tolist(), examples.tolist()) + packer.finish()
         if self.shuffle:  # or the rows of a window would come together, and the emptiest last
-            rows = [rows[number] for number in _random(seed, epoch, 2).permutation(len(rows))]
+            rows = [rows[number] for number in random_of(seed, epoch, 2).permutation(len(rows))]
         counts = np.fromiter(map(len, rows), np.int64, len(rows))
         flat = np.fromiter(chain.from_iterable(rows), np.int64, len(examples))
         return EpochPlan(flat, np.concatenate([[0], counts.cumsum()]))
@@ -118,7 +118,7 @@ def deal(size: int, draw: int, epoch: int, seed: tuple[int, int], shuffle: bool)
     start, stop = epoch * draw, (epoch + 1) * draw
     parts = []
     for deck in range(start // size, -(-stop // size)):
-        cards = _random(*seed, deck, 3).permutation(size) if shuffle else np.arange(size)
+        cards = random_of(*seed, deck, 3).permutation(size) if shuffle else np.arange(size)
         parts.append(cards[max(start - deck * size, 0) : stop - deck * size])
     return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
@@ -154,6 +154,6 @@ def examples_an_epoch(
     return counts
 
 
-def _random(*seed: int) -> np.random.RandomState:
+def random_of(*seed: int) -> np.random.RandomState:
     """The legacy generator: its numbers are the same in every version of numpy."""
     return np.random.RandomState(np.array(seed, np.uint32))

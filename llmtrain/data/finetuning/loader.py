@@ -17,6 +17,7 @@ from llmtrain.data.finetuning.dataset import FinetuningDataset, RowSampler
 from llmtrain.data.finetuning.epoch import EpochOrder, examples_an_epoch
 from llmtrain.data.finetuning.local_ranks import Place
 from llmtrain.data.finetuning.mask_check import check_template
+from llmtrain.data.finetuning.online_loader import StreamingLoader, build_streaming_loader
 from llmtrain.data.finetuning.prepare import prepare
 from llmtrain.data.finetuning.sources import open_sources
 from llmtrain.data.finetuning.store import ExampleStore, default_cache_dir
@@ -119,7 +120,7 @@ def build_finetuning_loader(
     device_batch_size: int,
     evaluation: bool = False,
     epoch_batches: int | None = None,
-) -> FinetuningLoader:
+) -> FinetuningLoader | StreamingLoader:
     """Tokenize the examples, or find those of an earlier run, and make the loader. All ranks call it together.
 
     The first rank of each machine tokenizes while the others wait.
@@ -140,23 +141,30 @@ def build_finetuning_loader(
         UserError: on all ranks: the data cannot be read, does not fit, or has nothing to train on.
     """
     data = cfg.dataset
-    if data.streaming:
-        raise UserError("dataset.streaming: not there yet; leave it out: examples are then tokenized before step 1")
     cache = Path(data.cache_dir).expanduser() if data.cache_dir else default_cache_dir()
-    stores = prepare(
-        lambda: open_sources(data, cache.parent / "shards"),
-        ExampleTokenizer(
-            tokenizer,
-            max_seq_len=data.max_seq_len,
-            target_prompts=data.target_prompts,
-            target_responses=data.target_responses,
-            long_examples=data.long_examples,
-        ),
-        cache=cache,
-        vocab_size=vocab_size,
-        strict=data.strict,
-        check=partial(check_template, tokenizer),
+    sources = partial(open_sources, data, cache.parent / "shards")
+    collate = _collator(data, tokenizer)
+    tokenize = ExampleTokenizer(
+        tokenizer,
+        max_seq_len=data.max_seq_len,
+        target_prompts=data.target_prompts,
+        target_responses=data.target_responses,
+        long_examples=data.long_examples,
     )
+    check = partial(check_template, tokenizer)
+    if data.streaming:
+        return build_streaming_loader(
+            sources,
+            tokenize,
+            collate,
+            cfg,
+            vocab_size=vocab_size,
+            device_batch_size=device_batch_size,
+            evaluation=evaluation,
+            epoch_batches=epoch_batches,
+            check=check,
+        )
+    stores = prepare(sources, tokenize, cache=cache, vocab_size=vocab_size, strict=data.strict, check=check)
     place = Place.detect()
     dataset = FinetuningDataset(
         stores,
@@ -174,7 +182,7 @@ def build_finetuning_loader(
             f"batch of {dataset.global_batch_size} ({device_batch_size} on each of {place.ranks} ranks). Use a smaller "
             f"batch, more data, {'packing: false, ' if data.packs else ''}or drop_last: false"
         )
-    return FinetuningLoader(dataset, _collator(data, tokenizer), cfg, epoch_batches=epoch_batches)
+    return FinetuningLoader(dataset, collate, cfg, epoch_batches=epoch_batches)
 
 
 def _order(data: FinetuningDatasetConfig, stores: list[ExampleStore]) -> EpochOrder:

@@ -111,10 +111,19 @@ def made_by_leader(folders: list[Path], make: Callable[[], None]) -> None:
 
 
 @contextmanager
-def one_at_a_time(lock: Path) -> Iterator[None]:
-    """Keep other runs of this machine from the same work. Where files cannot be locked, both do it."""
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    file = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+def one_at_a_time(lock: Path, waiting: str = "") -> Iterator[None]:
+    """Keep other processes of this machine from the same work. Where files cannot be locked, both do it.
+
+    Args:
+        lock: a file; it stays.
+        waiting: logged where another process is at work.
+    """
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        file = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError:  # a folder that cannot be written: whoever has to write there will say so
+        yield
+        return
     try:
         said = False
         while True:
@@ -124,10 +133,10 @@ def one_at_a_time(lock: Path) -> Iterator[None]:
             except OSError as problem:
                 if problem.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                     break
-                if not said:
-                    log.warning("another run tokenizes the same examples; waiting for it (%s)", lock)
+                if waiting and not said:
+                    log.warning("%s", waiting)
                     said = True
-                time.sleep(_LONGEST_NAP)
+                time.sleep(_LONGEST_NAP if waiting else 0.05)
         yield
     finally:
         os.close(file)

@@ -10,12 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import xxhash
 from streaming.base.world import World
 
 from llmtrain.conversations.messages import BadExample
 from llmtrain.conversations.rows import Row
 from llmtrain.data.finetuning.config import FinetuningStreamConfig
+from llmtrain.data.finetuning.local_ranks import one_at_a_time
 from llmtrain.data.guarded_streaming import GuardedStream, ShardError
 from llmtrain.data.shards import INDEX, require_index, without_password
 
@@ -63,6 +65,9 @@ class MDSRows:
             keep_zip=source.keep_zip or False,
         )
         self.shards = self.stream.get_shards(_ALONE, allow_unsafe_types)
+        self.sizes = [len(shard) for shard in self.shards]
+        self._ends = np.cumsum(self.sizes)
+        self._ready: set[int] = set()
 
     def identity(self) -> str:
         """Hex: over the index, which has sizes and mostly hashes; over the shards themselves where it has no hashes."""
@@ -80,30 +85,44 @@ class MDSRows:
         return str(digest.hexdigest())
 
     def __len__(self) -> int:
-        return sum(map(len, self.shards))
+        return sum(self.sizes)
 
     def __iter__(self) -> Iterator[Row]:
-        number = 0
-        for shard in self.shards:
-            name = (shard.file_pairs[0][1] or shard.file_pairs[0][0]).basename
-            self._prepare(shard, name)
-            for row in range(len(shard)):
-                place = f"{self._folder / name}, row {row}"
-                try:
-                    data = shard.get_sample_data(row)
-                except Exception as problem:  # whatever a damaged header makes of numpy
-                    raise ShardError(f"{place} cannot be read: {problem}. Prepare or copy the data again") from problem
-                try:
-                    yield Row(place, number, shard.decode_sample(data), None)
-                except UnicodeDecodeError as problem:
-                    yield Row(place, number, None, BadExample("invalid UTF-8", str(problem)))
-                except Exception as problem:  # each encoding raises its own
-                    yield Row(place, number, None, BadExample("malformed row", f"{type(problem).__name__}: {problem}"))
-                number += 1
+        return map(self.row, range(len(self)))
+
+    def row(self, number: int) -> Row:
+        """A row by its number among those of all shards; its shard is fetched if it is not there.
+
+        Raises:
+            ShardError: the shard cannot be had or read.
+        """
+        index = int(np.searchsorted(self._ends, number, side="right"))
+        shard, row = self.shards[index], number - (int(self._ends[index - 1]) if index else 0)
+        name = (shard.file_pairs[0][1] or shard.file_pairs[0][0]).basename
+        place = f"{self._folder / name}, row {row}"
+        if index not in self._ready:
+            if not self._is_there(shard):
+                with one_at_a_time(self._folder / f".{name}.lock"):  # ranks and their workers share the folder
+                    self._prepare(shard, name)
+            self._ready.add(index)
+        try:
+            data = shard.get_sample_data(row)
+        except Exception as problem:  # whatever a damaged header makes of numpy
+            raise ShardError(f"{place} cannot be read: {problem}. Prepare or copy the data again") from problem
+        try:
+            return Row(place, number, shard.decode_sample(data), None)
+        except UnicodeDecodeError as problem:
+            return Row(place, number, None, BadExample("invalid UTF-8", str(problem)))
+        except Exception as problem:  # each encoding raises its own
+            return Row(place, number, None, BadExample("malformed row", f"{type(problem).__name__}: {problem}"))
 
     @property
     def _folder(self) -> Path:
         return Path(str(self.stream.local), self.stream.split or "")
+
+    def _is_there(self, shard: Any) -> bool:
+        files = [(self._folder / raw.basename, raw.bytes) for raw, _ in shard.file_pairs]
+        return all(path.is_file() and path.stat().st_size == size for path, size in files)
 
     def _prepare(self, shard: Any, name: str) -> None:
         """Download and decompress a shard; a damaged cached copy is fetched once more."""

@@ -77,7 +77,8 @@ def prepare(
             if folder.is_dir():
                 log.info("%s: tokenized before, in %s", source.describe(), folder)
                 continue
-            with one_at_a_time(folder.parent / f".{folder.name}.lock"):
+            waiting = f"{source.describe()}: another run tokenizes it; waiting for it to finish"
+            with one_at_a_time(folder.parent / f".{folder.name}.lock", waiting):
                 if not folder.is_dir():
                     for left in folder.parent.glob(f".{folder.name}.*.tmp"):  # of a run that was killed
                         shutil.rmtree(left, ignore_errors=True)

@@ -1,6 +1,6 @@
 """What a fine-tuning run trains: the first batch, decoded, and what became of the data."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -9,7 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.text import Text
 
+from llmtrain.data.finetuning.dataset import FinetuningDataset
 from llmtrain.data.finetuning.loader import FinetuningLoader
+from llmtrain.data.finetuning.online import StreamedExamples
+from llmtrain.data.finetuning.online_loader import StreamingLoader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -50,8 +53,8 @@ class Counts:
 class Shown:
     """The picture of a batch. `str()` is for a screen, `full` for a file; rich prints it in colour."""
 
-    counts: Counts
-    """Numbers."""
+    counts: Counts | None
+    """Numbers; None where nothing was counted ahead (`streaming: true`)."""
     full: str
     """The whole batch, with nothing left out."""
     lines: list[tuple[str, str]] = field(repr=False)
@@ -64,7 +67,7 @@ class Shown:
         return Text("\n").join(Text(text, style=style) for style, text in self.lines)
 
 
-def describe(loader: FinetuningLoader, tokenizer: "PreTrainedTokenizerFast") -> Shown:
+def describe(loader: FinetuningLoader | StreamingLoader, tokenizer: "PreTrainedTokenizerFast") -> Shown:
     """Show the batch that comes next, without taking it.
 
     Args:
@@ -75,10 +78,10 @@ def describe(loader: FinetuningLoader, tokenizer: "PreTrainedTokenizerFast") -> 
         Each row's examples: where each comes from and its text, in lines that are marked where the model is trained
         to predict them; the tokens where that begins and ends; and the counts.
     """
-    counts = count(loader)
+    counts = count(loader) if isinstance(loader, FinetuningLoader) else None
     rows, batch = loader.next_batch()
     picture = _Picture(loader, tokenizer, rows, batch)
-    closing = list(_summary(loader, counts))
+    closing = list(_streamed(loader) if counts is None else _summary(loader, counts))
     short = [*picture.lines(short=True), *closing]
     full = [*picture.lines(short=False), *closing]
     return Shown(counts, "\n".join(text for _, text in full), short)
@@ -116,9 +119,9 @@ class _Picture:
 
     def __init__(
         self,
-        loader: FinetuningLoader,
+        loader: FinetuningLoader | StreamingLoader,
         tokenizer: "PreTrainedTokenizerFast",
-        rows: list[NDArray[np.int64]],
+        rows: Sequence[Sequence[int] | NDArray[np.int64]],
         batch: dict[str, Any],
     ) -> None:
         self.dataset = loader.dataset
@@ -138,7 +141,7 @@ class _Picture:
                 return
             yield from self._row(number, examples, short)
 
-    def _row(self, number: int, examples: NDArray[np.int64], short: bool) -> Iterator[tuple[str, str]]:
+    def _row(self, number: int, examples: Sequence[int] | NDArray[np.int64], short: bool) -> Iterator[tuple[str, str]]:
         found = [self.dataset.example(int(example)) for example in examples]
         used, trained = sum(len(ids) for ids, _ in found), sum(int(mask.sum()) for _, mask in found)
         several = f"{len(examples)} examples" if len(examples) != 1 else "1 example"
@@ -152,8 +155,8 @@ class _Picture:
             if short and index > _EXAMPLES_IN_SHORT:
                 yield "", f"  ... and {len(examples) - _EXAMPLES_IN_SHORT} more examples in this row"
                 return
-            store, place = self.dataset.locate(int(example))
-            yield "cyan", f"  Example {index}: {store.place(place)} ({len(ids):,} tokens, {int(mask.sum()):,} trained)"
+            place = self.dataset.place(int(example))
+            yield "cyan", f"  Example {index}: {place} ({len(ids):,} tokens, {int(mask.sum()):,} trained)"
             yield from self._spans(ids, mask, short)
             if number == index == 1:
                 yield from self._edges(ids, mask)
@@ -200,8 +203,16 @@ class _Picture:
         return text.replace("\r", "␍").replace("\x1b", "␛")
 
 
-def _summary(loader: FinetuningLoader, counts: Counts) -> Iterator[tuple[str, str]]:
-    dataset = loader.dataset
+def _streamed(loader: Any) -> Iterator[tuple[str, str]]:
+    data: StreamedExamples = loader.dataset
+    yield "", ""
+    yield "bold", "The data (tokenized while it is read, so nothing is counted yet)"
+    for source, size, draw in zip(data.sources, data.sizes, data.draws, strict=True):
+        yield "", f"  {source.describe()}: {size:,} rows; {draw:,} an epoch"
+
+
+def _summary(loader: Any, counts: Counts) -> Iterator[tuple[str, str]]:
+    dataset: FinetuningDataset = loader.dataset
     yield "", ""
     yield "bold", "The data"
     for store, draw in zip(dataset.stores, dataset.order.draws, strict=True):

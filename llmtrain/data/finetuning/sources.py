@@ -2,11 +2,11 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmtrain.conversations import preprocessing
 from llmtrain.conversations.formats import parse
@@ -14,6 +14,9 @@ from llmtrain.conversations.messages import BadExample, Example
 from llmtrain.conversations.rows import Row, expand, file_rows, hf_rows, identity_of_dataset, identity_of_files
 from llmtrain.data.finetuning.config import FinetuningDatasetConfig, FinetuningStreamConfig
 from llmtrain.data.shards import without_password
+
+if TYPE_CHECKING:
+    from llmtrain.data.finetuning.mds_rows import MDSRows
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class Source:
     """Integer type of ids that come as bytes."""
     count: Callable[[], int | None]
     """Roughly the number of rows, where that is cheap to know."""
+    shards: "MDSRows | None" = None
+    """Where the rows stand, for MDS shards: any row can be read."""
 
     def describe(self) -> str:
         """For messages: name and place."""
@@ -50,11 +55,20 @@ class Source:
         Raises:
             UserError: the rows cannot be read, or the preprocessing function cannot be found.
         """
-        preprocess = preprocessing.resolve(self.config.preprocessing_fn, default_for=self.config.hf_name)
+        preprocess = self.preprocess()
         for row in islice(self.rows(), self.config.limit):
-            yield row.place, self._example(row, preprocess)
+            yield row.place, self.example(row, preprocess)
 
-    def _example(self, row: Row, preprocess: Callable[[Mapping[str, Any]], Any]) -> Example | BadExample:
+    def preprocess(self) -> Callable[[Mapping[str, Any]], Any]:
+        """What is done to a row's data before it is looked at.
+
+        Raises:
+            UserError: the preprocessing function cannot be found.
+        """
+        return preprocessing.resolve(self.config.preprocessing_fn, default_for=self.config.hf_name)
+
+    def example(self, row: Row, preprocess: Callable[[Mapping[str, Any]], Any]) -> Example | BadExample:
+        """The example of a row, or what is wrong with it."""
         if row.data is None:
             return row.problem or BadExample("unreadable row")
         try:
@@ -99,7 +113,8 @@ def _open(dataset: FinetuningDatasetConfig, name: str, key: str, config: Finetun
     from llmtrain.data.finetuning.mds_rows import MDSRows  # imports streaming, and with it torch
 
     shards = MDSRows(config, key, cache, dataset.allow_unsafe_types)
-    return source(shards.stream.describe(), shards.identity(), shards.__iter__, shards.__len__)
+    opened = source(shards.stream.describe(), shards.identity(), shards.__iter__, shards.__len__)
+    return replace(opened, shards=shards)
 
 
 def _unknown() -> None:
