@@ -13,7 +13,8 @@ from llmtrain.model.documents import causality_is_enough, documents_of, position
 from llmtrain.model.mpt import MPT
 
 VOCAB = 61
-lengths_of_rows = st.lists(st.integers(1, 9) | st.just(150), min_size=2, max_size=4)  # sdpa works in blocks
+lengths_of_rows = st.lists(st.integers(1, 9) | st.just(150), min_size=2, max_size=4)
+"""Long ones because torch's kernel works in blocks, and because sdpa takes long documents one by one."""
 settled = settings(max_examples=12, deadline=None, derandomize=True)
 
 

@@ -12,6 +12,7 @@ from llmtrain.model import alibi
 from llmtrain.model.config import MPTConfig
 from llmtrain.model.kernels.dense import LONGEST, dense_bias
 from llmtrain.model.kernels.interface import Attention, Kernel, Visibility
+from llmtrain.model.kernels.segments import segments
 from llmtrain.model.kernels.select import select
 from llmtrain.model.mpt import MPT
 
@@ -107,6 +108,29 @@ def test_against_a_loop(kernel: Kernel, slopes: tuple[float, ...] | None, padded
                     [q[b, h, row] @ k[b, h, j] / 4 + (slopes[h] if slopes else 0) * (j - i) for j in seen]
                 )
                 torch.testing.assert_close(actual[b, h, row], scores.softmax(0) @ v[b, h, seen])
+
+
+@pytest.mark.parametrize("slopes", [None, tuple(alibi.slopes(5))], ids=["plain", "alibi"])
+@pytest.mark.parametrize(
+    ("lengths", "apart"),
+    [([40, 24], True), ([64], True), ([2] * 32, False), ([20, 20, -20, 4], False)],
+    ids=["two", "one", "many-short", "one-in-two-places"],
+)
+def test_documents_one_by_one_are_the_dense_bias(
+    slopes: tuple[float, ...] | None, lengths: list[int], apart: bool
+) -> None:
+    """sdpa takes long documents one by one, and falls back where that is slower or another function."""
+    row = [0 if length < 0 else number for number, length in enumerate(lengths) for _ in range(abs(length))]
+    documents = torch.tensor([row, [9] * 64])
+    q, k, v = qkv(64)
+    assert (segments(Visibility(64, 64, CPU, q.dtype, slopes=slopes, documents=documents)) is not None) == apart
+    results = []
+    for kernel in (EAGER, SDPA):
+        out = attention(kernel, q, k, v, slopes=slopes, documents=documents)
+        weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+        results.append((out, *torch.autograd.grad((out * weights).sum(), (q, k, v))))
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("kernel", [EAGER, SDPA], ids=lambda k: k.name)

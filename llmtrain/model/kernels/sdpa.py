@@ -6,17 +6,21 @@ from torch.nn import functional as F
 
 from llmtrain.model.kernels.dense import dense_bias
 from llmtrain.model.kernels.interface import Kernel, Visibility
+from llmtrain.model.kernels.segments import Segments, segments
+from llmtrain.model.kernels.segments import attend as attend_within
 
 CAUSAL = "causal"
 
 
-def _prepare(visibility: Visibility) -> Tensor | str | None:
-    """A dense bias, or CAUSAL when that says it all, or None when every query sees every key."""
+def _prepare(visibility: Visibility) -> Tensor | Segments | str | None:
+    """A dense bias, or segments, or CAUSAL when that says it all, or None when every query sees every key."""
     if visibility.slopes is None and visibility.padding is None and visibility.documents is None:
         if visibility.n_queries == visibility.n_keys:
             return CAUSAL
         if visibility.n_queries == 1:
             return None
+    if visibility.device.type == "cpu" and (documents := segments(visibility)) is not None:
+        return documents  # elsewhere many small kernels would wait for each other
     bias = dense_bias(visibility)
     if visibility.device.type == "cpu":
         return bias  # the fused CPU kernel takes a float32 bias next to bfloat16 q, k, v
@@ -25,12 +29,14 @@ def _prepare(visibility: Visibility) -> Tensor | str | None:
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | str | None, *, softmax_scale: float, dropout_p: float
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | Segments | str | None, *, softmax_scale: float, dropout_p: float
 ) -> Tensor:
     causal = isinstance(bias, str)
     mask = bias if isinstance(bias, Tensor) else None
     # Autocast would round the float32 bias to bfloat16 on its way in; q, k and v have autocast's dtype already.
     with torch.autocast(q.device.type, enabled=False):
+        if isinstance(bias, Segments):
+            return attend_within(q, k, v, bias, softmax_scale=softmax_scale, dropout_p=dropout_p)
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=causal, scale=softmax_scale
         )
