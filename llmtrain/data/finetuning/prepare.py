@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_LAYOUT = 1
+_LAYOUT = 2
 """Part of every key: goes up when stores, or how rows become examples, change."""
 _BATCH = 512
 _CHECKED = 64

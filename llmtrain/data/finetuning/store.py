@@ -1,8 +1,8 @@
 """Tokenized examples on disk: made once, mapped into memory by every process that reads them.
 
 A store is a folder: `ids.bin` (the ids of all examples, one after the other), `trained.bin` (a byte a token: 1 where it
-is a target), `offsets.npy` (where each example begins), `places.txt` (a line an example: where it comes from) and
-`report.json` (what was read and dropped, and why). It is written under another name and renamed when it is complete.
+is a target), `offsets.npy` (where each example begins), `places.txt` (a line an example: where it comes from),
+`places.npy` (where each line begins) and `report.json` (what was read and dropped, and why). It is written under another name and renamed when it is complete.
 """
 
 import json
@@ -12,7 +12,6 @@ import tempfile
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field
-from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -100,9 +99,11 @@ class ExampleStore:
         return mask
 
     def place(self, example: int) -> str:
-        """Where an example comes from: file and row."""
-        with (self.folder / "places.txt").open(encoding="utf-8") as lines:
-            return next(islice(lines, example, None), "").rstrip("\n")
+        """Where an example comes from: file and row, as they were named when it was tokenized."""
+        starts = np.load(self.folder / "places.npy", mmap_mode="r")
+        with (self.folder / "places.txt").open("rb") as lines:
+            lines.seek(int(starts[example]))
+            return lines.readline().decode("utf-8").rstrip("\n")
 
 
 class StoreWriter:
@@ -121,12 +122,13 @@ class StoreWriter:
         self.vocab_size = vocab_size
         self._dropped: Counter[str] = Counter()
         self._ends = [0]
+        self._lines = [0]
 
     def __enter__(self) -> Self:
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         self._work = Path(tempfile.mkdtemp(prefix=f".{self.folder.name}.", suffix=".tmp", dir=self.folder.parent))
         self._ids, self._trained = (self._work / "ids.bin").open("wb"), (self._work / "trained.bin").open("wb")
-        self._places = (self._work / "places.txt").open("w", encoding="utf-8")
+        self._places = (self._work / "places.txt").open("wb")
         self._start = time.monotonic()
         return self
 
@@ -144,7 +146,9 @@ class StoreWriter:
             )
         self._ids.write(np.ascontiguousarray(ids, self.report.id_dtype).tobytes())
         self._trained.write(np.ascontiguousarray(trained, np.bool_).tobytes())
-        self._places.write(" ".join(place.split("\n")) + "\n")
+        line = (" ".join(place.splitlines()) + "\n").encode("utf-8", "backslashreplace")
+        self._places.write(line)
+        self._lines.append(self._lines[-1] + len(line))
         self._ends.append(self._ends[-1] + len(ids))
         report = self.report
         report.rows += 1
@@ -180,6 +184,7 @@ class StoreWriter:
 
     def _finish(self) -> None:
         np.save(self._work / "offsets.npy", np.asarray(self._ends, np.int64))
+        np.save(self._work / "places.npy", np.asarray(self._lines, np.int64))
         (self._work / "report.json").write_text(json.dumps(asdict(self.finished_report()), indent=1), encoding="utf-8")
         self._work.chmod(0o755)
         try:
