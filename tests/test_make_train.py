@@ -1,4 +1,4 @@
-"""`make train` as a newcomer meets it: everything real, from raw text to generated text. And killed half-way."""
+"""`make twins` as a newcomer meets it: everything real, from raw text to a model that chats. And killed half-way."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def make(target: str, folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def checkout(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `make train` needs of the repository, with nothing made yet."""
+    """What `make twins` needs of the repository, with nothing made yet."""
     folder = tmp_path_factory.mktemp("checkout")
     for name in ("Makefile", "train.py", "yamls", "data_prep"):
         source = repository / name
@@ -47,8 +47,8 @@ def checkout(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="module")
 def first(checkout: Path) -> str:
-    """The output of the first `make train`."""
-    return make("train", checkout)
+    """The output of the first `make twins`, which begins with `make train`."""
+    return make("twins", checkout)
 
 
 def test_validation_loss_falls_clearly_below_the_unigram_entropy(checkout: Path, first: str) -> None:
@@ -99,6 +99,42 @@ def test_the_export_opens_in_plain_transformers_and_writes_the_same_tokens(check
         expected = theirs.generate(torch.tensor([ids]), max_new_tokens=32, do_sample=False, eos_token_id=None)
     found = generate(ours, [ids], max_new_tokens=32, sampling=Sampling(temperature=0))
     assert list(found[0]) == expected[0, len(ids) :].tolist()
+
+
+@pytest.mark.parametrize("name", ["instruct", "chat"])
+def test_fine_tuning_lowers_the_loss_of_held_out_answers(checkout: Path, first: str, name: str) -> None:
+    """Against the model that it starts from, on the same tokens."""
+    losses = read_metric(checkout / f"runs/mpt-tiny-{name}", "metrics/eval/LanguageCrossEntropy")
+    assert min(losses) == 0
+    assert losses[max(losses)] < losses[0] - 0.7, losses
+
+
+@pytest.mark.parametrize("name", ["instruct", "chat"])
+def test_fine_tuning_shows_what_is_trained_and_what_it_learns(checkout: Path, first: str, name: str) -> None:
+    run = checkout / f"runs/mpt-tiny-{name}"
+    assert (run / "first_batch.txt").read_text().strip() in first
+    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    assert len({sample["step"] for sample in samples}) >= 2
+
+
+@pytest.mark.parametrize(("name", "marker"), [("instruct", "### Response:"), ("chat", "<|im_start|>assistant")])
+def test_plain_transformers_holds_a_conversation(checkout: Path, first: str, name: str, marker: str) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    export = checkout / f"runs/mpt-tiny-{name}/export"
+    tokenizer = AutoTokenizer.from_pretrained(export, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(export, trust_remote_code=False).eval()
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What does `os.path.join` do?"}], tokenize=False, add_generation_prompt=True
+    )
+    assert text.rstrip().endswith(marker)
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        answer = model.generate(ids, max_new_tokens=200, do_sample=False)[0, ids.shape[1] :].tolist()
+    assert len(answer) < 200  # it ends its turn by itself
+    assert answer[-1] in (tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>"))
+    if name == "chat":
+        assert model.config.vocab_size == 4224  # grown, a multiple of 128
 
 
 def test_nothing_that_is_done_is_done_again(checkout: Path, first: str) -> None:
