@@ -107,7 +107,7 @@ class HFConfig(Config):
     `pretrained_model_name_or_path` when the run continues."""
     frozen_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """With `peft_config`: dtype of the frozen weights; `auto` is the one of the model's config. What is trained is
-    always float32."""
+    always float32. (Before torch 2.11 both are float32.)"""
     allow_embedding_resizing: bool = True
     """Add embedding rows (to a multiple of 128) when the tokenizer has more tokens than the model; false refuses."""
     trust_remote_code: bool = False

@@ -1,6 +1,7 @@
 """transformers' own classes: the config of a model, and the model with its weights or without values."""
 
 import contextlib
+import logging
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,12 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 
 from llmtrain.errors import UserError
 from llmtrain.hf_model.config import HFConfig
 
+log = logging.getLogger(__name__)
+
 ROWS = 128
 """Embeddings grow to a multiple of this many rows, which GPUs multiply fastest."""
+SHARDS_MIXED_DTYPES = "2.11"
+"""From this version of torch on FSDP2 is known to take frozen parameters of another dtype than the trained ones."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -71,8 +77,18 @@ def vocab_size(config: Any, n_tokens: int, *, may_grow: bool = True) -> int:
 
 
 def dtype_of(cfg: HFConfig, config: Any) -> torch.dtype:
-    """The dtype that parameters are held in: float32, unless LoRA freezes them."""
+    """The dtype that parameters are held in: float32, unless LoRA freezes them.
+
+    What is trained is float32 beside them, and only newer versions of FSDP2 shard both in one unit.
+    """
     if cfg.peft_config is None:
+        return torch.float32
+    if TorchVersion(torch.__version__) < SHARDS_MIXED_DTYPES:
+        if cfg.frozen_dtype not in ("auto", "float32"):
+            log.warning(
+                "frozen_dtype: %s needs torch >= %s (this is %s); frozen weights are held in float32.",
+                *(cfg.frozen_dtype, SHARDS_MIXED_DTYPES, torch.__version__),
+            )
         return torch.float32
     if cfg.frozen_dtype != "auto":
         return DTYPES[cfg.frozen_dtype]

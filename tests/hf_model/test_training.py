@@ -50,9 +50,10 @@ def run(recipe: Path, *overrides: str, ranks: int) -> Finished:
         ("gpt_neox", {}, {"fsdp_config": {"sharding_strategy": "SHARD_GRAD_OP", "activation_checkpointing": True}}),
         ("gemma2", {"init_device": "cpu"}, {}),  # capped logits, tied
         ("llama", {"peft_config": LORA}, {"fsdp_config": {"activation_checkpointing": True}}),
+        ("llama", {"peft_config": LORA, "frozen_dtype": "bfloat16"}, {}),
         ("llama", {"peft_config": {**LORA, "modules_to_save": ["embed_tokens", "lm_head"]}}, {}),
     ],
-    ids=["qwen3", "gpt_neox", "gemma2", "lora", "lora-whole-layers"],
+    ids=["qwen3", "gpt_neox", "gemma2", "lora", "lora-bf16", "lora-whole-layers"],
 )
 def test_two_ranks_train_as_one_process(
     architecture: str, model: dict[str, Any], changes: dict[str, Any], corpus: TinyCorpus, tmp_path: Path
@@ -62,10 +63,11 @@ def test_two_ranks_train_as_one_process(
     together = run(recipe, "run_name=together", ranks=2)
     losses, expected = together.metrics(LOSS), alone.metrics(LOSS)
     assert list(losses) == list(expected) == list(range(6))
-    assert list(losses.values()) == pytest.approx(list(expected.values()), abs=1e-5)
+    near = 5e-3 if "frozen_dtype" in model else 1e-5  # bfloat16 rounds to three digits, and threads round differently
+    assert list(losses.values()) == pytest.approx(list(expected.values()), abs=near)
     assert losses[5] < losses[0] - 0.05
     evaluated = [one.metrics("metrics/eval/LanguageCrossEntropy") for one in (together, alone)]
-    assert list(evaluated[0].values()) == pytest.approx(list(evaluated[1].values()), abs=1e-5)
+    assert list(evaluated[0].values()) == pytest.approx(list(evaluated[1].values()), abs=near)
 
 
 @pytest.mark.parametrize(("adapters", "state_dict_type"), [(False, "sharded"), (True, "sharded"), (True, "full")])
