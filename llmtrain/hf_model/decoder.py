@@ -36,4 +36,5 @@ class TransformersDecoder:
 
     def rewind(self, length: int) -> None:
         """Forget all but the first `length` tokens: the next call may go on differently from there."""
-        self.cache.crop(length)
+        if (excess := self.cache.get_seq_length() - length) > 0:
+            self.cache.crop(-excess)  # how many to drop: transformers 5 no longer takes how many to keep

@@ -182,3 +182,23 @@ class TestCommand:
     def test_settings_are_checked(self, exported: Path) -> None:
         with pytest.raises(UserError, match="max_new_tokens 0"):
             chat_command(exported, max_new_tokens=0)
+
+
+def test_a_model_of_transformers_chats_with_its_own_cache(opened: Any) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from llmtrain.hf_model.model import HFCausalLM
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2}
+    config = LlamaConfig(vocab_size=512, max_position_embeddings=256, initializer_range=0.3, **shape)
+    model = HFCausalLM(LlamaForCausalLM(config)).eval()
+    chat = Chat(model, opened, sampling=GREEDY, max_new_tokens=12)
+    for question in QUESTIONS:
+        prompt = chat.conversation.ask(question)
+        alone = generate(model, [prompt], max_new_tokens=12, eos_ids=stop_ids(opened))[0]
+        said = "".join(chat.say(question))
+        assert said == opened.decode(alone, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert chat.reused > 0
+    chat.reset()
+    assert "".join(chat.say(QUESTIONS[0]))
