@@ -22,8 +22,8 @@ from llmtrain.data.finetuning.config import FinetuningDatasetConfig
 from llmtrain.data.finetuning.epoch import deal, examples_an_epoch, random_of
 from llmtrain.data.finetuning.local_ranks import Place, gather
 from llmtrain.data.finetuning.packing import OnlinePacker
-from llmtrain.data.finetuning.prepare import Tokenizes
 from llmtrain.data.finetuning.sources import Source
+from llmtrain.data.finetuning.tokenize_many import Tokenizes
 from llmtrain.errors import UserError
 
 log = logging.getLogger(__name__)

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
 
 import xxhash
 from rich.console import Console
@@ -17,28 +16,15 @@ from llmtrain.data.finetuning.local_ranks import from_leader, gather, made_by_le
 from llmtrain.data.finetuning.progress import counted
 from llmtrain.data.finetuning.sources import Source
 from llmtrain.data.finetuning.store import ExampleStore, StoreWriter
+from llmtrain.data.finetuning.tokenize_many import Placed, Tokenizes, tokenized
 from llmtrain.errors import UserError
-
-if TYPE_CHECKING:
-    from llmtrain.data.finetuning.tokenize import TokenizedExample
 
 log = logging.getLogger(__name__)
 
 _LAYOUT = 2
 """Part of every key: goes up when stores, or how rows become examples, change."""
-_BATCH = 512
 _CHECKED = 64
 """Examples whose rendering and masking are compared before the rest is tokenized."""
-
-
-class Tokenizes(Protocol):
-    """What `ExampleTokenizer` does."""
-
-    counts: Counter[str]
-
-    def __call__(self, examples: Sequence[Example], /) -> "list[TokenizedExample | BadExample]": ...  # noqa: D102
-
-    def identity(self) -> str: ...  # noqa: D102
 
 
 def prepare(
@@ -106,19 +92,15 @@ def _tokenize(
     check: Callable[[Sequence[Example]], Sequence[str]] | None,
 ) -> None:
     console = Console(stderr=True)
-    noticed = tokenize.counts.copy()
+    noticed: Counter[str] = Counter()
     with (
         StoreWriter(folder, vocab_size=vocab_size, source=source.describe()) as store,
         counted(console, f"tokenizing {source.describe()}", source.rough_rows()) as done,
     ):
-        for batch in _batches(source.examples()):
-            good = [example for _, example in batch if not isinstance(example, BadExample)]
-            if check is not None and store.report.rows == 0:
-                for warning in check([example for example in good[:_CHECKED] if isinstance(example, Chat)]):
-                    log.warning("%s: %s", source.describe(), warning)
-            tokenized = iter(tokenize(good))
+        for batch, results, counts in tokenized(_checked(source, check), tokenize):
+            remaining = iter(results)
             for place, example in batch:
-                result = example if isinstance(example, BadExample) else next(tokenized)
+                result = example if isinstance(example, BadExample) else next(remaining)
                 if not isinstance(result, BadExample):
                     store.add(result.ids, result.trained, place)
                 elif strict:
@@ -128,8 +110,9 @@ def _tokenize(
                     )
                 else:
                     store.drop(result, place)
+            noticed += counts
             done(len(batch))
-        store.report.noticed = dict(tokenize.counts - noticed)
+        store.report.noticed = dict(noticed)
         if store.report.examples == 0:
             raise UserError(_nothing_left(store))
 
@@ -166,8 +149,12 @@ def _agree(stores: Sequence[ExampleStore]) -> None:
             )
 
 
-def _batches(
-    examples: Iterator[tuple[str, Example | BadExample]],
-) -> Iterator[list[tuple[str, Example | BadExample]]]:
-    while batch := list(islice(examples, _BATCH)):
-        yield batch
+def _checked(source: Source, check: Callable[[Sequence[Example]], Sequence[str]] | None) -> Iterator[Placed]:
+    """The examples of a source; before the first one is given, the first few chats are looked at."""
+    examples = source.examples()
+    first = list(islice(examples, _CHECKED))
+    if check is not None:
+        for warning in check([example for _, example in first if isinstance(example, Chat)]):
+            log.warning("%s: %s", source.describe(), warning)
+    yield from first
+    yield from examples

@@ -2,7 +2,8 @@
 
 A store is a folder: `ids.bin` (the ids of all examples, one after the other), `trained.bin` (a byte a token: 1 where it
 is a target), `offsets.npy` (where each example begins), `places.txt` (a line an example: where it comes from),
-`places.npy` (where each line begins) and `report.json` (what was read and dropped, and why). It is written under another name and renamed when it is complete.
+`places.npy` (where each line begins) and `report.json` (what was read and dropped, and why). It is written under
+another name and renamed when it is complete.
 """
 
 import json

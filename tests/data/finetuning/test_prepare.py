@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import threading
 import time
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from llmtrain.conversations.messages import BadExample
+from llmtrain.data.finetuning import tokenize_many
 from llmtrain.data.finetuning.show import count
 from llmtrain.data.finetuning.store import ExampleStore, StoreWriter
 from llmtrain.errors import UserError
@@ -97,6 +99,35 @@ def test_nothing_left_to_train_on(build, tmp_path):
     path.write_text("\n")
     with pytest.raises(UserError, match="it has no rows"):
         build(files=str(path), cache_dir=str(tmp_path / "cache"))
+
+
+def test_several_processes_make_the_same_store(build, tmp_path, monkeypatch):
+    rows = [chat(number) if number % 7 else {"messages": []} for number in range(200)] + [chat(0, 200)]
+    path = write_rows(tmp_path / "x.jsonl", rows)
+    made = []
+    for here, cores in ((4096, {0, 1}), (32, {0, 1}), (32, {0})):
+        monkeypatch.setattr(tokenize_many, "_BATCH", 16)
+        monkeypatch.setattr(tokenize_many, "_HERE", here)
+        monkeypatch.setattr(tokenize_many.os, "sched_getaffinity", lambda _, cores=cores: cores)
+        cache_dir = str(tmp_path / str(len(made)))
+        made.append(build(files=str(path), max_seq_len=256, cache_dir=cache_dir).dataset.stores[0])
+    first, *others = made
+    assert first.report.noticed == {"truncated": 1}
+    for other in others:
+        assert other.offsets.tolist() == first.offsets.tolist()
+        for file in ("ids.bin", "trained.bin", "places.txt"):
+            assert (other.folder / file).read_bytes() == (first.folder / file).read_bytes()
+        assert (other.report.dropped, other.report.noticed) == (first.report.dropped, first.report.noticed)
+
+
+def test_a_tokenizing_process_that_is_killed_is_an_error(build, tmp_path, monkeypatch):
+    path = write_rows(tmp_path / "x.jsonl", [chat(number) for number in range(200)])
+    monkeypatch.setattr(tokenize_many, "_HERE", 0)
+    monkeypatch.setattr(tokenize_many, "_work", lambda tokenize, examples: os._exit(9))
+    monkeypatch.setattr(tokenize_many.os, "sched_getaffinity", lambda _: {0, 1})
+    with pytest.raises(UserError, match="a process that was tokenizing was killed"):
+        build(files=str(path), cache_dir=str(tmp_path / "cache"))
+    assert stores(tmp_path / "cache") == []
 
 
 def test_long_examples_are_cut_or_dropped(build, tmp_path):
