@@ -6,6 +6,7 @@ equally fast with their windows: one that has no row left at the end of an epoch
 """
 
 import copy
+import json
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -190,7 +191,8 @@ class StreamedExamples(Dataset[list[Found]]):
             mine = self._start_of(self.epoch + 1)
         elif self._begun:
             mine = {**mine, "packer": self.packer.state_dict()}
-        return {"shuffle_seed": self.seed, "streaming": True, "ranks": copy.deepcopy(gather(mine))}
+        # As text: a distributed checkpoint takes lists and dicts apart, and loads only what the new run has as well.
+        return {"shuffle_seed": self.seed, "streaming": True, "ranks": json.dumps(gather(mine))}
 
     def load_state_dict(self, obj: dict[str, Any]) -> None:
         """Go on where a checkpoint stood.
@@ -206,10 +208,10 @@ class StreamedExamples(Dataset[list[Found]]):
                 "from its weights, set load_weights_only=true"
             )
         self.seed = int(obj["shuffle_seed"])
-        states = obj["ranks"]
+        states = json.loads(obj["ranks"])
         rank, ranks = self.where.rank, self.where.ranks
         self._begun = False
-        self._state = copy.deepcopy(states[rank]) if len(states) == ranks else self._share(states, rank, ranks)
+        self._state = states[rank] if len(states) == ranks else self._share(states, rank, ranks)
 
     def _share(self, states: list[dict[str, Any]], rank: int, ranks: int) -> dict[str, Any]:
         log.info("the checkpoint is of %d ranks: what was left over is dealt out to %d", len(states), ranks)

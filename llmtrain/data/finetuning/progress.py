@@ -44,7 +44,8 @@ def counted(console: Console, what: str, total: int | None) -> Iterator[Callable
             said = now
             of = "" if total is None else f" of about {total:,}"
             left = "" if total is None else f", {max(0, total - rows) / rate:.0f} s left"
-            console.print(f"{what}: {rows:,}{of}, {rate:,.0f} examples/s{left}", highlight=False, markup=False)
+            line = f"{what}: {rows:,}{of}, {rate:,.0f} examples/s{left}"
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     try:
         yield done
