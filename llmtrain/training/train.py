@@ -17,7 +17,7 @@ from llmtrain.recipe.batch import batch_plan
 from llmtrain.recipe.recipe import Recipe
 from llmtrain.tokenizer import fingerprint_of
 from llmtrain.training import composer_adapter, environment, resume
-from llmtrain.training.agreement import from_rank_zero
+from llmtrain.training.agreement import from_all_ranks, from_rank_zero
 from llmtrain.training.algorithms import build_algorithms
 from llmtrain.training.callbacks import build_callbacks
 from llmtrain.training.checkpoint_saver import CheckpointSaver, free_space_warning
@@ -169,16 +169,27 @@ def build_model(recipe: Recipe, sharding: ShardingPlan, weights: Path | None, *,
         where = "cpu"
     environment.seed_everything(recipe.seed)
     if isinstance(recipe.model, HFConfig):
-        return build_hf_model(recipe.model, where, weights, n_tokens)
+        return build_hf_model(recipe, where, weights, n_tokens)
     model = MPT(recipe.model, device=where)
     if weights is not None and where != "meta":
         model.load_state_dict(read_pretrained(weights, recipe.model))
     return LanguageModel(model, recipe.model)
 
 
-def build_hf_model(cfg: HFConfig, where: str, weights: Path | None, n_tokens: int) -> LanguageModel:
-    """The same for a model of transformers."""
-    model = LanguageModel(build(cfg, device=where, n_tokens=n_tokens), cfg)
+def build_hf_model(recipe: Recipe, where: str, weights: Path | None, n_tokens: int) -> LanguageModel:
+    """The same for a model of transformers.
+
+    Raises:
+        UserError: on all ranks: the model or its adapters cannot be built, or it cannot keep packed examples apart.
+    """
+    assert isinstance(recipe.model, HFConfig)
+    cfg, made = recipe.model, list[HFCausalLM]()
+    from_all_ranks(lambda: made.append(build(cfg, device=where, n_tokens=n_tokens)))
+    problem = from_rank_zero(lambda: made[0].no_documents)  # a rank without weights has not tried
+    packing = [key for key, loader in recipe.finetuning_loaders().items() if loader.dataset.packs]
+    if problem is not None and packing:
+        raise UserError(f"{packing[0]}.dataset.packing: {problem}. Set packing: false.")
+    model = LanguageModel(made[0], cfg)
     if weights is not None and where != "meta":
         model.load_state_dict({f"model.{name}": value for name, value in read_tensors(weights).items()})
     return model

@@ -106,3 +106,20 @@ def test_adapters_refuse_another_base_and_go_on_on_any_number_of_ranks(corpus: T
     assert refused.code != 0
     assert "not those that they were trained on" in refused.output
     assert "Traceback" not in refused.output
+
+
+def test_what_only_rank_zero_finds_out_is_one_message(corpus: TinyCorpus, tmp_path: Path) -> None:
+    model = {"peft_config": LORA, "pretrained_lora_id_or_path": str(tmp_path / "nowhere")}
+    refused = launch(recipe_of(tmp_path / "run.yaml", corpus, "llama", model), ranks=2, cwd=tmp_path)
+    assert refused.codes == (2, 2)
+    assert refused.output.count("pretrained_lora_id_or_path: there is no folder") == 1
+    assert "Traceback" not in refused.output
+
+    data = tmp_path / "chats.jsonl"
+    turns = [{"role": "user", "content": "1 plus 1?"}, {"role": "assistant", "content": "2"}]
+    data.write_text((json.dumps({"messages": turns}) + "\n") * 40)
+    loader = {"name": "finetuning", "dataset": {"files": str(data), "packing": True, "cache_dir": "cache"}}
+    recipe = recipe_of(tmp_path / "packed.yaml", corpus, "bloom", {}, train_loader={**loader, "num_workers": 0})
+    refused = launch(recipe, ranks=2, cwd=tmp_path)
+    assert refused.codes == (2, 2)
+    assert refused.output.count("train_loader.dataset.packing: bloom") == 1
