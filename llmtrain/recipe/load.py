@@ -74,6 +74,7 @@ def take_shapes(data: dict[str, Any]) -> dict[str, Any]:
     if model.get("name") != "mpt_causal_lm" or all(model.get(key) is not None for key in SHAPE):
         return data
     from llmtrain.checkpoint.pretrained import fill_model
+
     tokens = 0
     if model.get("vocab_size") is None:
         try:

@@ -7,7 +7,7 @@ from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, field_v
 
 from llmtrain.config.base import Config, mistake
 from llmtrain.config.durations import Interval, RunLength, Span
-from llmtrain.data.config import TextLoaderConfig
+from llmtrain.data.config import TextDatasetConfig, TextLoaderConfig
 from llmtrain.data.finetuning.config import FinetuningLoaderConfig
 from llmtrain.hf_model.config import HFConfig
 from llmtrain.model.config import MPTConfig
@@ -332,6 +332,18 @@ class Recipe(Config):
                         "this key out, or set it to true.",
                         "model.attn_config.attn_uses_sequence_id",
                     )
+        return self
+
+    @model_validator(mode="after")
+    def _documents_have_ends(self) -> Self:
+        data = self.train_loader.dataset
+        masked = isinstance(self.model, MPTConfig) and self.model.attn_config.attn_uses_sequence_id
+        if masked and isinstance(data, TextDatasetConfig) and data.eos_token_id is None and data.bos_token_id is None:
+            raise mistake(
+                "`model.attn_config.attn_uses_sequence_id` masks other documents, and nothing says where a document "
+                "ends. Give the tokenizer's end-of-text id here (or `bos_token_id`).",
+                "train_loader.dataset.eos_token_id",
+            )
         return self
 
     @model_validator(mode="after")

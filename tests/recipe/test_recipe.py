@@ -122,6 +122,9 @@ def test_every_field_has_documentation() -> None:
 ALIBI = "the run would train without ALiBi"
 
 
+SHAPE = {"d_model": 32, "n_heads": 2, "n_layers": 1}
+
+
 @pytest.mark.parametrize(
     ("changes", "key", "text"),
     [
@@ -182,8 +185,13 @@ ALIBI = "the run would train without ALiBi"
             "needs a split",
         ),
         ({"train_loader": {"name": "finetunng", "dataset": {}}}, "train_loader.name", "Did you mean `finetuning`?"),
-        ({"load_path": "x", "model": {"pretrained": "y"}}, "load_path", "Keep one of the two"),
-        ({"model": {"pretrained": "y", "init_device": "meta"}}, "model.init_device", "write `mixed`"),
+        ({"load_path": "x", "model": {**SHAPE, "pretrained": "y"}}, "load_path", "Keep one of the two"),
+        ({"model": {**SHAPE, "pretrained": "y", "init_device": "meta"}}, "model.init_device", "write `mixed`"),
+        (
+            {"model": {**SHAPE, "attn_config": {"attn_uses_sequence_id": True}}},
+            "train_loader.dataset.eos_token_id",
+            "where a document ends",
+        ),
         ({"model": {"name": "hf_t5"}}, "model.name", "`hf_causal_lm`"),
         ({"model": {"name": "mpt"}}, "model.name", "`mpt_causal_lm`, `hf_causal_lm`. Did you mean `mpt_causal_lm`?"),
         ({"batch_size": 8}, "batch_size", "`variables`"),
