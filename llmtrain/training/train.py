@@ -203,7 +203,7 @@ def build_saver(
     if folder is None:
         return None
     from_rank_zero(lambda: folder.mkdir(parents=True, exist_ok=True))
-    n_parameters = sum(p.numel() for p in model.parameters())
+    n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad or not model.should_save_peft_only)
     if warning := free_space_warning(folder, n_parameters, recipe.save_num_checkpoints_to_keep):
         environment.say(f"warning: {warning}")
     record: dict[str, Any] = {"recipe": recipe.model_dump(mode="json"), "tokenizer_fingerprint": tokenizer_hash}

@@ -58,11 +58,14 @@ def test_it_trains_and_exports_on_two_ranks(corpus: TinyCorpus, tmp_path: Path) 
         "train_loader.dataset.cache_dir=cache",
         "eval_loader.dataset.cache_dir=cache",
         "model.peft_config.lora_dropout=0",
+        "callbacks.generate_callback={prompts: ['1 plus 1?'], max_new_tokens: 4}",
     ]
     finished = launch(recipe, overrides, ranks=2, cwd=tmp_path)
     assert finished.code == 0, finished.output
     losses = list(finished.metrics("metrics/eval/LanguageCrossEntropy").values())
     assert losses[-1] < losses[0] - 0.2
+    # Before the first step, and at the end.
+    assert len((finished.folder / "samples.jsonl").read_text().splitlines()) == 2
     report = export(finished.folder, tmp_path / "out")
     assert report.tokenizer
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
