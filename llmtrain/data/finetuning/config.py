@@ -132,8 +132,8 @@ class FinetuningDatasetConfig(SourceConfig):
     """Tokenize and pack MDS shards while they are read, instead of all of them before the first step. How many batches
     an epoch has is then unknown: give max_duration and schedules in batches or tokens. (llmtrain's own.)"""
     cache_dir: str | None = None
-    """Where tokenized examples are kept for the next run: $XDG_CACHE_HOME/llmtrain/examples (or ~/.cache/...) when left
-    out. (llmtrain's own.)"""
+    """Where tokenized examples are kept for the next run, and shards of a `remote` without `local`:
+    $XDG_CACHE_HOME/llmtrain/examples (or ~/.cache/...) when left out. (llmtrain's own.)"""
     allow_unsafe_types: bool = False
     """Accept shards with pickled columns. They can run any code on this machine."""
     token_encoding_type: Literal["int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"] = "int64"

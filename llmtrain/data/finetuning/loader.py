@@ -142,7 +142,7 @@ def build_finetuning_loader(
     """
     data = cfg.dataset
     cache = Path(data.cache_dir).expanduser() if data.cache_dir else default_cache_dir()
-    sources = partial(open_sources, data, cache.parent / "shards")
+    sources = partial(open_sources, data, cache / "shards")
     collate = _collator(data, tokenizer)
     tokenize = ExampleTokenizer(
         tokenizer,
