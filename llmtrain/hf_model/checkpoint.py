@@ -14,8 +14,9 @@ from llmtrain.checkpoint.resolve import locate
 from llmtrain.checkpoint.sharded import ShardedTensors
 from llmtrain.checkpoint.unpickle import load_full
 from llmtrain.errors import UserError
+from llmtrain.hf_model.build import parts
 from llmtrain.hf_model.config import HFConfig
-from llmtrain.hf_model.model import FROZEN_IDENTITY, OTHER_FROZEN_WEIGHTS, frozen_identity, parts
+from llmtrain.hf_model.model import FROZEN_IDENTITY, OTHER_FROZEN_WEIGHTS, frozen_identity
 
 _SHARDED = "state.model."
 

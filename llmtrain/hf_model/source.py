@@ -8,11 +8,11 @@ from typing import Any
 from llmtrain.checkpoint import source
 from llmtrain.checkpoint.resolve import locate
 from llmtrain.errors import UserError
+from llmtrain.hf_model.build import parts
 from llmtrain.hf_model.checkpoint import hf_config_of, is_hf_run, open_checkpoint
 from llmtrain.hf_model.config import HFConfig
 from llmtrain.hf_model.load import quiet_transformers, read_config
 from llmtrain.hf_model.lora import require_peft
-from llmtrain.hf_model.model import parts
 from llmtrain.tokenizer import TokenizerConfig, load_tokenizer
 
 

@@ -9,9 +9,10 @@ from composer.utils import dist
 
 from llmtrain.checkpoint.pretrained import read_pretrained
 from llmtrain.errors import UserError
+from llmtrain.hf_model.build import build
 from llmtrain.hf_model.checkpoint import read_tensors
 from llmtrain.hf_model.config import HFConfig
-from llmtrain.hf_model.model import HFCausalLM, build
+from llmtrain.hf_model.model import HFCausalLM
 from llmtrain.model.mpt import MPT
 from llmtrain.recipe.batch import batch_plan
 from llmtrain.recipe.recipe import Recipe

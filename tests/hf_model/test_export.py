@@ -19,8 +19,9 @@ from llmtrain.generation.generate import generate
 from llmtrain.generation.load import load
 from llmtrain.generation.sampling import Sampling
 from llmtrain.hf_model import export as hf_export
+from llmtrain.hf_model.build import build
 from llmtrain.hf_model.config import HFConfig
-from llmtrain.hf_model.model import HFCausalLM, build
+from llmtrain.hf_model.model import HFCausalLM
 from llmtrain.tokenizer import TokenizerConfig, fingerprint_of, load_tokenizer
 from llmtrain.training.language_model import LanguageModel
 from tests.hf_model.conftest import ROWS, save_model

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llmtrain.errors import UserError
+from llmtrain.hf_model.build import build
 from llmtrain.hf_model.config import HFConfig
-from llmtrain.hf_model.model import HFCausalLM, build
+from llmtrain.hf_model.model import HFCausalLM
 from tests.hf_model.conftest import ROWS, save_model
 
 Folder = Callable[[str], Path]

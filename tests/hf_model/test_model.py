@@ -13,9 +13,10 @@ from torch.torch_version import TorchVersion
 
 from llmtrain.errors import UserError
 from llmtrain.hf_model import documents, head
+from llmtrain.hf_model.build import build
 from llmtrain.hf_model.config import HFConfig
 from llmtrain.hf_model.load import SHARDS_MIXED_DTYPES
-from llmtrain.hf_model.model import HFCausalLM, build
+from llmtrain.hf_model.model import HFCausalLM
 from llmtrain.model.loss import IGNORED
 from tests.hf_model.conftest import ARCHITECTURES, ROWS, save_model
 
