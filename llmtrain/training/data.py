@@ -82,7 +82,7 @@ class Loaders:
         return evaluators
 
     def show(self, train: DataSpec, run: Path) -> None:
-        """Prints what a fine-tuning run trains, decoded from its first batch, and keeps it in RUN/first_batch.txt."""
+        """Prints what a fine-tuning run trains, decoded from its first batch; all of it goes to RUN/first_batch.txt."""
         if not isinstance(self.recipe.train_loader, FinetuningLoaderConfig):
             return
 
@@ -91,7 +91,7 @@ class Loaders:
         def text() -> str:
             shown = describe(train.dataloader, self.tokenizer)
             temporary = run / f".{FIRST_BATCH}.writing"
-            temporary.write_text(str(shown) + "\n", encoding="utf-8")
+            temporary.write_text(shown.full + "\n", encoding="utf-8")
             temporary.replace(run / FIRST_BATCH)
             return str(shown)
 

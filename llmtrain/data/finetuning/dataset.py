@@ -103,7 +103,10 @@ class FinetuningDataset(Dataset[list[TokensAndMask]]):
     def rows_of_rank(self, epoch: int, row: int) -> list[NDArray[np.int64]]:
         """Numbers of the examples of each row that this rank has from a row of the epoch on; of a blank row none."""
         plan = self.plan(epoch)
-        left = max(min(len(plan), self.batches * self.global_batch_size) - row, 0)
+        room = self.batches * self.global_batch_size
+        if len(plan) > room and not self.drop_last:
+            log.warning("epoch %d needs %d rows and has room for %d: the rest is left out", epoch, len(plan), room)
+        left = max(min(len(plan), room) - row, 0)
         if self.drop_last:
             left -= left % self.global_batch_size
         mine = [plan.row(number) for number in range(row + self.rank, row + left, self.ranks)]
