@@ -62,6 +62,30 @@ def test_bf16_gradients_of_sdpa_are_as_good_as_eagers(padded: bool) -> None:
     assert errors["sdpa"] < max(2 * errors["eager"], 2e-2), errors
 
 
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+def test_packed_examples_are_each_alone(kernel: str) -> None:
+    """In bfloat16, with padding behind them: hidden states do not depend on the neighbours' tokens."""
+    torch.manual_seed(0)
+    model = MPT(config(attn_config={"attn_impl": kernel, "attn_uses_sequence_id": True})).cuda().eval()
+    lengths = [200, 150, 100]
+    documents = torch.full((1, 512), -1)
+    start = 0
+    for number, length in enumerate(lengths):
+        documents[0, start : start + length] = number
+        start += length
+    packed = ids(1)
+    with torch.no_grad(), torch.autocast("cuda", dtype=torch.bfloat16):
+        together = model(packed.cuda(), sequence_id=documents.cuda(), attention_mask=(documents >= 0).cuda()).logits
+        assert together is not None
+        start = 0
+        for length in lengths:
+            alone = model(packed[:, start : start + length].cuda()).logits
+            assert alone is not None
+            worst = (together[:, start : start + length] - alone).float().abs().max()
+            assert worst < 0.03 * alone.float().abs().max(), worst
+            start += length
+
+
 def test_chunked_loss_is_the_plain_one_and_leaner() -> None:
     torch.manual_seed(0)
     hidden = torch.randn(8192, 512, device="cuda", requires_grad=True)
