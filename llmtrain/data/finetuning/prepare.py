@@ -1,10 +1,13 @@
 """Sources become stores: tokenized once, found again by every later run."""
 
+import errno
+import glob
 import json
 import logging
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -15,7 +18,7 @@ from llmtrain.conversations.messages import BadExample, Chat, Example
 from llmtrain.data.finetuning.local_ranks import from_leader, gather, made_by_leader, one_at_a_time
 from llmtrain.data.finetuning.progress import counted
 from llmtrain.data.finetuning.sources import Source
-from llmtrain.data.finetuning.store import ExampleStore, StoreWriter
+from llmtrain.data.finetuning.store import DamagedStore, ExampleStore, StoreWriter, work_prefix
 from llmtrain.data.finetuning.tokenize_many import Placed, Tokenizes, tokenized
 from llmtrain.errors import UserError
 
@@ -53,12 +56,19 @@ def prepare(
 
     def keys() -> list[tuple[str, str]]:
         sources.extend(open_sources())
-        return [(_key(source, tokenize), source.describe()) for source in sources]
+        named = [(_key(source, tokenize), source.describe()) for source in sources]
+        for key, _ in named:
+            _remove_damaged(cache / key)
+        return named
 
     found = from_leader(keys)
     folders = [cache / key for key, _ in found]
 
     def make() -> None:
+        with _writing_to(cache):
+            make_each()
+
+    def make_each() -> None:
         for source, folder in zip(sources, folders, strict=True):
             if folder.is_dir():
                 log.info("%s: tokenized before, in %s", source.describe(), folder)
@@ -66,7 +76,8 @@ def prepare(
             waiting = f"{source.describe()}: another run tokenizes it; waiting for it to finish"
             with one_at_a_time(folder.parent / f".{folder.name}.lock", waiting):
                 if not folder.is_dir():
-                    for left in folder.parent.glob(f".{folder.name}.*.tmp"):  # of a run that was killed
+                    # Of a run that was killed; other machines may be at work beside this one, where locks are local.
+                    for left in folder.parent.glob(f"{glob.escape(work_prefix(folder))}*.tmp"):
                         shutil.rmtree(left, ignore_errors=True)
                     _tokenize(source, tokenize, folder, vocab_size, strict, check)
 
@@ -77,6 +88,35 @@ def prepare(
         _check(store, vocab_size, strict)  # on all ranks: one that failed alone would leave the others waiting
     _agree(stores)
     return stores
+
+
+def _remove_damaged(folder: Path) -> None:
+    """Take away a store that cannot be used, so that it is made again."""
+    if not folder.is_dir():
+        return
+    try:
+        ExampleStore(folder)
+    except DamagedStore as problem:
+        log.warning("%s: its examples are tokenized again", problem)
+        with _writing_to(folder.parent):
+            away = folder.with_name(f".{folder.name}.damaged.tmp")
+            shutil.rmtree(away, ignore_errors=True)
+            folder.rename(away)
+            shutil.rmtree(away, ignore_errors=True)
+
+
+@contextmanager
+def _writing_to(cache: Path) -> Iterator[None]:
+    """A full disk and a folder that cannot be written are for the user to mend."""
+    try:
+        yield
+    except OSError as problem:
+        if problem.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        raise UserError(
+            f"the tokenized examples cannot be kept in {cache}: {problem.strerror}. Make room there, or name another "
+            "folder with dataset.cache_dir"
+        ) from problem
 
 
 def _key(source: Source, tokenize: Tokenizes) -> str:

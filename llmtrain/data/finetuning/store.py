@@ -6,9 +6,11 @@ is a target), `offsets.npy` (where each example begins), `places.txt` (a line an
 another name and renamed when it is complete.
 """
 
+import contextlib
 import json
 import os
 import shutil
+import socket
 import tempfile
 import time
 from collections import Counter
@@ -65,19 +67,34 @@ class Report:
         return "\n".join(lines)
 
 
+class DamagedStore(UserError):
+    """A store whose files are not those that were written."""
+
+
 class ExampleStore:
     """The examples of one source, as they were tokenized. Read-only; pickled by its path.
 
     Args:
         folder: made by `StoreWriter`.
+
+    Raises:
+        DamagedStore: a file is missing, cannot be read, or is not as long as it was written.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.report = Report(**json.loads((folder / "report.json").read_text(encoding="utf-8")))
-        self.offsets: NDArray[np.int64] = np.load(folder / "offsets.npy")
-        self._ids = _mapped(folder / "ids.bin", self.report.id_dtype)
-        self._trained = _mapped(folder / "trained.bin", np.bool_)
+        try:
+            self.report = Report(**json.loads((folder / "report.json").read_text(encoding="utf-8")))
+            self.offsets: NDArray[np.int64] = np.load(folder / "offsets.npy")
+            self._ids = _mapped(folder / "ids.bin", self.report.id_dtype)
+            self._trained = _mapped(folder / "trained.bin", np.bool_)
+        except (OSError, EOFError, ValueError, TypeError) as problem:
+            raise DamagedStore(f"{folder} is damaged ({problem}); delete it") from problem
+        # A slice behind the end of an array is no error: the examples there would come as empty ones.
+        asked = (self.report.examples + 1, *[self.report.tokens] * 3)
+        found = (len(self.offsets), int(self.offsets[-1:].sum()), len(self._ids), len(self._trained))
+        if found != asked:
+            raise DamagedStore(f"{folder} is damaged (it has lengths {found} where {asked} were written); delete it")
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -127,7 +144,7 @@ class StoreWriter:
 
     def __enter__(self) -> Self:
         self.folder.parent.mkdir(parents=True, exist_ok=True)
-        self._work = Path(tempfile.mkdtemp(prefix=f".{self.folder.name}.", suffix=".tmp", dir=self.folder.parent))
+        self._work = Path(tempfile.mkdtemp(prefix=work_prefix(self.folder), suffix=".tmp", dir=self.folder.parent))
         self._ids, self._trained = (self._work / "ids.bin").open("wb"), (self._work / "trained.bin").open("wb")
         self._places = (self._work / "places.txt").open("wb")
         self._start = time.monotonic()
@@ -175,9 +192,16 @@ class StoreWriter:
     def __exit__(
         self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for file in (self._ids, self._trained, self._places):
-            file.close()
         try:
+            try:
+                for file in (self._ids, self._trained, self._places):
+                    file.flush()
+                    if kind is None:
+                        os.fsync(file.fileno())  # or a crash may leave the name and not what is in it
+            finally:  # on a full disk each may fail
+                for file in (self._ids, self._trained, self._places):
+                    with contextlib.suppress(OSError):
+                        file.close()
             if kind is None:
                 self._finish()
         finally:
@@ -193,6 +217,11 @@ class StoreWriter:
         except OSError:
             if not (self.folder / "report.json").is_file():
                 raise
+
+
+def work_prefix(folder: Path) -> str:
+    """What the names of unfinished stores begin with, that this machine makes."""
+    return f".{folder.name}.{socket.gethostname()}."
 
 
 def default_cache_dir() -> Path:

@@ -2,6 +2,8 @@
 
 import multiprocessing
 import os
+import threading
+import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -21,6 +23,8 @@ Placed = tuple[str, Example | BadExample]
 _BATCH = 256
 _HERE = 4096
 """Rows that are tokenized before other processes are started: that takes a second."""
+_LOOK_AROUND = 0.5
+"""Seconds after which a process looks whether it is still wanted."""
 _MOST_PROCESSES = 32
 """Reading the rows, which is done here, keeps no more of them busy."""
 
@@ -60,7 +64,7 @@ def tokenized(
         return
     # Forked, as a DataLoader's workers are: the tokenizer need not be loaded again.
     fork = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(processes, mp_context=fork, initializer=_adopt, initargs=(tokenize,)) as pool:
+    with ProcessPoolExecutor(processes, mp_context=fork, initializer=_adopt, initargs=(tokenize, os.getpid())) as pool:
         waiting: deque[tuple[list[Placed], Future[tuple[list[TokenizedExample | BadExample], Counter[str]]]]] = deque()
         waiting.append((next_one, pool.submit(_work_there, _good(next_one))))
         try:
@@ -91,9 +95,17 @@ def _work(tokenize: Tokenizes, examples: list[Example]) -> "tuple[list[Tokenized
 _adopted: list[Tokenizes] = []
 
 
-def _adopt(tokenize: Tokenizes) -> None:
+def _adopt(tokenize: Tokenizes, parent: int) -> None:
     """Called in a new process; nothing is sent to it."""
     _adopted[:] = [tokenize]
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """End this process when the one that started it was killed: the lock of the store would stay with it for ever."""
+    while os.getppid() == parent:
+        time.sleep(_LOOK_AROUND)
+    os._exit(1)
 
 
 def _work_there(examples: list[Example]) -> "tuple[list[TokenizedExample | BadExample], Counter[str]]":

@@ -1,8 +1,13 @@
 """Tokenized once: found again, made anew when anything that decides over it changes; rows that are no use are told."""
 
+import errno
 import json
 import multiprocessing
 import os
+import shutil
+import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -12,7 +17,7 @@ import pytest
 from llmtrain.conversations.messages import BadExample
 from llmtrain.data.finetuning import tokenize_many
 from llmtrain.data.finetuning.show import count
-from llmtrain.data.finetuning.store import ExampleStore, StoreWriter
+from llmtrain.data.finetuning.store import ExampleStore, StoreWriter, work_prefix
 from llmtrain.errors import UserError
 from tests.data.finetuning.conftest import chat, write_rows
 
@@ -200,3 +205,74 @@ def test_two_runs_that_make_the_same_store(tmp_path):
             writer.add(np.array(ids), np.array([False]), "a")
     assert ExampleStore(tmp_path / "s").ids(0).tolist() == [1]
     assert [path.name for path in tmp_path.iterdir()] == ["s"]
+
+
+@pytest.mark.parametrize("file", ["ids.bin", "trained.bin", "both", "offsets.npy", "report.json"])
+def test_a_damaged_store_is_made_again(build, rows, tmp_path, caplog, file):
+    """Of examples behind the end of a file that was cut there would be nothing left, and nobody would notice."""
+    settings = {"files": str(rows / "good.jsonl"), "cache_dir": str(tmp_path / "cache")}
+    before = build(**settings).dataset
+    tokens = [before.example(number)[0].tolist() for number in range(len(before.order.lengths))]
+    (name,) = stores(tmp_path / "cache")
+    folder = tmp_path / "cache" / name
+    for part in ("ids.bin", "trained.bin") if file == "both" else (file,):
+        path = folder / part
+        os.truncate(path, path.stat().st_size // 2)
+    after = build(**settings).dataset
+    assert "is damaged" in caplog.text
+    assert [after.example(number)[0].tolist() for number in range(len(after.order.lengths))] == tokens
+    assert stores(tmp_path / "cache") == [name]
+
+
+def test_a_full_disk_is_a_clear_error_and_leaves_nothing(build, rows, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"(?s)No space left.*dataset\.cache_dir"):
+        build(files=str(rows / "good.jsonl"), cache_dir=str(tmp_path / "cache"))
+    assert stores(tmp_path / "cache") == []
+    assert not list((tmp_path / "cache").glob(".*.tmp"))
+
+
+def test_what_another_machine_is_making_is_left_alone(build, rows, tmp_path):
+    settings = {"files": str(rows / "good.jsonl"), "cache_dir": str(tmp_path / "cache")}
+    build(**settings)
+    (name,) = stores(tmp_path / "cache")
+    folder = tmp_path / "cache" / name
+    shutil.rmtree(folder)
+    mine = folder.with_name(work_prefix(folder) + "abc.tmp")
+    others = folder.with_name(f".{folder.name}.another-machine.abc.tmp")
+    mine.mkdir()
+    others.mkdir()
+    build(**settings)
+    assert not mine.exists()
+    assert others.exists()
+
+
+ORPHANS = """
+import multiprocessing, os, signal, sys, time
+from collections import Counter
+from llmtrain.data.finetuning import tokenize_many
+
+class Tokenize:
+    counts = Counter()
+    def __call__(self, examples):
+        print(os.getpid(), flush=True)
+        time.sleep(0.2)
+        return list(examples)
+
+tokenize_many._HERE, tokenize_many._BATCH = 0, 1
+tokenize_many.os.sched_getaffinity = lambda _: {0, 1}
+for number, _ in enumerate(tokenize_many.tokenized(iter([("", str(n)) for n in range(1000)]), Tokenize())):
+    if number == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_processes_of_a_killed_run_end_too(tmp_path):
+    """They have its lock: the next run would wait for them for ever."""
+    killed = subprocess.run([sys.executable, "-c", ORPHANS], stdout=subprocess.PIPE, text=True, timeout=60, check=False)
+    # `run` returns when the last process that has its standard output is gone.
+    assert killed.returncode == -signal.SIGKILL
+    assert len(set(killed.stdout.split())) == 2
