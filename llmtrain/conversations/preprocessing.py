@@ -1,5 +1,6 @@
 """Functions that bring the rows of a dataset into a known shape: registered ones, a user's own, and column mappings."""
 
+import contextlib
 import hashlib
 import importlib
 import inspect
@@ -76,13 +77,22 @@ def identity(preprocessing_fn: str | Mapping[str, str] | None, default_for: str 
         return "none"
     if isinstance(name, Mapping):
         return "columns " + json.dumps(dict(name), sort_keys=True)
-    function = inspect.unwrap(_function(name))
-    try:
-        file = inspect.getsourcefile(function)
-        source = Path(file).read_bytes() if file is not None else b""
-    except (TypeError, OSError):  # a class instance, or a file that is gone
-        source = b""
-    return f"{name} {hashlib.sha256(source).hexdigest()[:16]}"
+    function = _function(name)
+    digest = hashlib.sha256()
+    parts = (function, inspect.unwrap(function), getattr(function, "func", None))  # `func` is a partial's
+    for file in sorted({file for part in parts if (file := _file_of(part))}):
+        digest.update(Path(file).read_bytes())
+    return f"{name} {digest.hexdigest()[:16]}"
+
+
+def _file_of(function: Any) -> str | None:
+    """The file of a function, or of the class of an object that can be called."""
+    for each in (function, type(function)):
+        with contextlib.suppress(TypeError, OSError):  # a built-in, or a file that is gone
+            file = inspect.getsourcefile(each)
+            if file is not None and Path(file).is_file():
+                return file
+    return None
 
 
 def _name(given: str | Mapping[str, str] | None, default_for: str | None) -> str | Mapping[str, str] | None:

@@ -110,3 +110,15 @@ def test_identity_is_stable_and_follows_the_file(beside_the_recipe):
     assert identity(None, default_for="Anthropic/hh-rlhf") == identity("hh-rlhf")
     assert identity({"prompt": "a", "response": "b"}) == identity({"response": "b", "prompt": "a"})
     assert identity({"prompt": "a", "response": "b"}) != identity({"prompt": "b", "response": "a"})
+
+
+@pytest.mark.parametrize("made", ["Reader()", "functools.partial(Reader.read, None)"])
+def test_identity_follows_the_file_of_what_is_no_plain_function(tmp_path, monkeypatch, made):
+    monkeypatch.syspath_prepend(tmp_path)
+    name = f"reader_{len(made)}"
+    file = tmp_path / f"{name}.py"
+    code = "import functools\nclass Reader:\n    def read(self, row): return row\n    __call__ = read\n"
+    file.write_text(f"{code}apply = {made}\n")
+    first = identity(f"{name}:apply")
+    file.write_text(f"{code}apply = {made}  # other\n")
+    assert identity(f"{name}:apply") != first

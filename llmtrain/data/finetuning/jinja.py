@@ -13,7 +13,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from llmtrain.conversations.messages import BadExample, Message
 from llmtrain.errors import UserError
 
-# Marks around the text of a generation block; private-use characters of plane 16, which no data has.
+# Marks around the text of a generation block; private-use characters of plane 16; data that has them is refused.
 _OPEN, _CLOSE = "\U0010fff0", "\U0010fff1"
 
 Span = tuple[int, int]
@@ -55,8 +55,10 @@ class ChatTemplate:
         """The text of a conversation, and the generation blocks in it.
 
         Raises:
-            BadExample: the template refuses this conversation.
+            BadExample: the template refuses this conversation, or a content holds the marks of generation blocks.
         """
+        if any(mark in message.content for message in messages for mark in (_OPEN, _CLOSE)):
+            raise BadExample("private-use characters", "U+10FFF0 and U+10FFF1 mark generation blocks here")
         turns = [{"role": message.role, "content": message.content} for message in messages]
         try:
             text = self._template.render(messages=turns, add_generation_prompt=generation_prompt, **self._constants)

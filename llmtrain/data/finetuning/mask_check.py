@@ -39,15 +39,16 @@ def check_template(tokenizer: "PreTrainedTokenizerFast", examples: Sequence[Exam
         return []
     tokenize = ExampleTokenizer(tokenizer, max_seq_len=_NO_LIMIT, target_responses="all")
     warnings: dict[str, str] = {}
-    refusals = []
+    refusals, unfit = [], []
     for number, chat in enumerate(chats, 1):
         if tokenize.renderer is not None:
             try:
                 layout, contents = tokenize.renderer(chat)
             except BadExample as problem:
                 if problem.reason != "refused by the chat template":
-                    raise UserError(f"the chat template does not fit conversation {number}: {problem}") from problem
-                refusals.append(problem)
+                    unfit.append(f"the chat template does not fit conversation {number}: {problem}")
+                else:
+                    refusals.append(problem)
                 continue
             _check_rendering(tokenizer, tokenize, chat, number)
             _check_order(layout, chat)
@@ -65,9 +66,13 @@ def check_template(tokenizer: "PreTrainedTokenizerFast", examples: Sequence[Exam
         if isinstance(found, BadExample):
             raise UserError(f"conversation {number} cannot be tokenised: {found}")
         _check_ids(tokenizer, tokenize, layout, contents, found.ids[found.trained], number)
+    if 2 * len(unfit) > len(chats) - len(refusals):  # few may be the fault of the data: such rows are dropped
+        raise UserError(unfit[0])
     if len(refusals) == len(chats):
         raise UserError(f"the chat template refuses each of the first {len(chats)} conversations: {refusals[0].detail}")
     looked_at = f"of the first {len(chats)} conversations"
+    if unfit:
+        warnings["unfit"] = f"{len(unfit)} {looked_at} are dropped: {unfit[0]}"
     if refusals:
         warnings["refused"] = f"the chat template refuses {len(refusals)} {looked_at}: {refusals[0].detail}"
     if count := tokenize.counts["special token text in a content"]:

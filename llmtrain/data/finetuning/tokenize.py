@@ -22,7 +22,7 @@ from llmtrain.tokenizer import fingerprint_of
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_VERSION = 1
+_VERSION = 2
 """Raise it whenever the ids or the mask of some example change: caches of tokenised examples are found by it."""
 
 

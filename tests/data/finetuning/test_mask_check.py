@@ -6,6 +6,7 @@ from llmtrain.conversations.messages import Chat, Message, PromptResponse
 from llmtrain.data.finetuning.mask_check import check_template
 from llmtrain.errors import UserError
 from llmtrain.tokenizer import TokenizerConfig, load_tokenizer
+from tests.data.finetuning.conftest import chat, write_rows
 from tests.data.finetuning.templates import GENERATION, GOOD, LLAMA3, MISTRAL, QWEN3, SPECIAL, WRONG
 
 
@@ -89,3 +90,13 @@ def test_no_template_at_all(corpus):
     tokenizer = load_tokenizer(TokenizerConfig(name=str(corpus.tokenizer)))
     with pytest.raises(UserError, match="no chat template"):
         check_template(tokenizer, CHATS)
+
+
+def test_a_conversation_that_does_not_fit_is_no_reason_to_refuse_all(build, tmp_path, caplog):
+    """Its text may hold what this module marks places with; it is dropped, wherever it stands."""
+    for place in (0, 60):
+        rows = [chat(number) for number in range(70)]
+        rows[place]["messages"][0]["content"] = "a \U0010fff0b\U0010fff1"
+        loader = build(files=str(write_rows(tmp_path / f"{place}.jsonl", rows)))
+        assert loader.dataset.stores[0].report.dropped == {"private-use characters": 1}
+    assert "1 of the first 50 conversations are dropped" in caplog.text
