@@ -127,7 +127,7 @@ def _from_uri(uri: str, staging: Path) -> Path:
         parent, name = uri.rsplit("/", 1)
         file = _from_store(parent, staging)(name)
         if file is None:
-            raise UserError(f"model.pretrained: {uri}: there is no such file.")
+            raise UserError(f"model.pretrained: {uri}: there is no such file, or it must not be read.")
         return file
     get = _from_store(uri, staging)
     if get("config.json") is not None:
@@ -142,11 +142,11 @@ def _from_uri(uri: str, staging: Path) -> Path:
     else:
         raise UserError(
             f"model.pretrained: {uri} holds no config.json (a Hugging Face folder), no {manifest.MANIFEST} or "
-            ".metadata (a checkpoint). Give one of those, or the URI of a .pt file."
+            ".metadata (a checkpoint), or they must not be read. Give one of those, or the URI of a .pt file."
         )
     for name in names:
         if get(name) is None:
-            raise UserError(f"model.pretrained: {uri}: {name} is missing.")
+            raise UserError(f"model.pretrained: {uri}: {name} is missing, or must not be read.")
     return staging
 
 
@@ -244,10 +244,14 @@ def _download(remote: str, target: Path) -> None:
 
 
 def _says_missing(problem: Exception) -> bool:
-    if isinstance(problem, FileNotFoundError) or getattr(problem, "code", None) == 404:
+    """Whether there is no such file; 403 says so, too, where files may be read but not listed (S3)."""
+    if isinstance(problem, FileNotFoundError) or getattr(problem, "code", None) in (403, 404):
         return True
     if isinstance(getattr(problem, "reason", None), FileNotFoundError):  # of file://
         return True
     answer = getattr(problem, "response", None)  # botocore's
     code = str(answer.get("Error", {}).get("Code")) if isinstance(answer, dict) else ""
-    return code in ("404", "NoSuchKey", "NotFound") or type(problem).__name__ in ("NotFound", "ResourceNotFoundError")
+    return code in ("403", "404", "AccessDenied", "NoSuchKey", "NotFound") or type(problem).__name__ in (
+        "NotFound",
+        "ResourceNotFoundError",
+    )

@@ -122,6 +122,8 @@ def _config_in(file: Path) -> MPTConfig | None:
             content = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"{file}: cannot be read: {error}") from None
+        if not isinstance(content, dict):
+            raise UserError(f"{file}: expected a JSON object.")
         return from_hugging_face(content, str(file))
     if file.name == manifest.MANIFEST:
         recipe = manifest.read(file.parent).recipe

@@ -27,9 +27,9 @@ def chat_command(
     source: Path,
     *,
     system: str | None = None,
-    max_new_tokens: int = 512,
-    temperature: float = 0.7,
-    top_p: float = 0.95,
+    max_new_tokens: int = 256,
+    temperature: float = 0.8,
+    top_p: float = 1.0,
     top_k: int = 0,
     seed: int = 0,
     device: str | None = None,
@@ -81,11 +81,19 @@ def _talk(chat: "Chat", console: "Console", interactive: bool) -> None:
         _say(console, "A conversation; /help lists the commands.")
     while True:
         try:
-            line = console.input("[bold cyan]> [/]") if interactive else sys.stdin.readline()
+            line = _utf8(console.input("[bold cyan]> [/]") if interactive else sys.stdin.readline())
         except EOFError:
             return
         except KeyboardInterrupt:
+            if not interactive:  # there is no prompt to come back to
+                raise
             console.print()
+            continue
+        except UnicodeError:
+            problem = "This line of the input is not UTF-8. Convert it first, for example with iconv."
+            if not interactive:
+                raise UserError(problem) from None
+            _say(console, problem, style="red")
             continue
         if not interactive and not line:
             return
@@ -112,6 +120,8 @@ def _answer(chat: "Chat", line: str, console: "Console", interactive: bool) -> N
             sys.stdout.flush()
     except KeyboardInterrupt:
         pieces.close()
+        if not interactive:
+            raise
     sys.stdout.write("\n")
     sys.stdout.flush()
     if interactive and chat.cut_off:
@@ -119,6 +129,15 @@ def _answer(chat: "Chat", line: str, console: "Console", interactive: bool) -> N
     if interactive and chat.context is not None and chat.used > chat.context:
         trained = f"longer than the {chat.context:,} that the model was trained on"
         _say(console, f"({chat.used:,} tokens: {trained}; /reset starts over)")
+
+
+def _utf8(line: str) -> str:
+    """The line, without the stand-ins that Python reads bytes as where the locale is not UTF-8.
+
+    Raises:
+        UnicodeError: the bytes are no UTF-8.
+    """
+    return line.encode("utf-8", "surrogateescape").decode("utf-8")
 
 
 def _run(chat: "Chat", line: str) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
@@ -20,6 +21,11 @@ ROWS = 128
 """Embeddings grow to a multiple of this many rows, which GPUs multiply fastest."""
 SHARDS_MIXED_DTYPES = "2.11"
 """From this version of torch on FSDP2 is known to take frozen parameters of another dtype than the trained ones."""
+UNREADABLE = (
+    *(OSError, ValueError, TypeError, KeyError, RuntimeError, EOFError),
+    *(pickle.UnpicklingError, SafetensorError),
+)
+"""What reading weights raises when a file is damaged, is of another model, or is not what its name says."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -35,8 +41,8 @@ def read_config(cfg: HFConfig) -> Any:
     refuse_missing_folder(name, "pretrained_model_name_or_path")
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=cfg.trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as problem:
-        raise UserError(f"model.pretrained_model_name_or_path: {name!r} cannot be opened: {_line(problem)}") from None
+    except Exception as problem:  # each architecture's config has checks of its own
+        raise UserError(f"model.pretrained_model_name_or_path: {name!r} cannot be opened: {reason(problem)}") from None
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(f"model.pretrained_model_name_or_path: {name!r} is an encoder-decoder, no causal LM.")
     _override(config, cfg.config_overrides, "model.config_overrides")
@@ -115,8 +121,8 @@ def with_weights(cfg: HFConfig, config: Any, dtype: torch.dtype) -> Any:
                 weights_only=True,
                 **_options(cfg, dtype),
             )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, pickle.UnpicklingError) as problem:
-        raise UserError(f"model: the weights of {name!r} cannot be loaded: {_line(problem)}") from None
+    except (*UNREADABLE, ImportError) as problem:
+        raise UserError(f"model: the weights of {name!r} cannot be loaded: {reason(problem)}") from None
     wrong = {kind: sorted(map(str, info.get(kind) or ())) for kind in ("missing_keys", "mismatched_keys")}
     for kind, keys in wrong.items():
         if keys:
@@ -137,7 +143,9 @@ def without_weights(cfg: HFConfig, config: Any, dtype: torch.dtype) -> Any:
                 config, trust_remote_code=cfg.trust_remote_code, **_options(cfg, dtype)
             )
         except (ValueError, ImportError) as problem:
-            raise UserError(f"model: {cfg.pretrained_model_name_or_path!r} cannot be built: {_line(problem)}") from None
+            raise UserError(
+                f"model: {cfg.pretrained_model_name_or_path!r} cannot be built: {reason(problem)}"
+            ) from None
     return cast(model, dtype)
 
 
@@ -243,10 +251,13 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _line(problem: BaseException) -> str:
+def reason(problem: BaseException) -> str:
+    """Why something of Hugging Face's cannot be opened, in one line."""
     if "trust_remote_code" in str(problem):
         return "it comes with Python code of its own. If you have read it and trust it: model.trust_remote_code: true"
     if isinstance(problem, pickle.UnpicklingError):
-        return "its .bin holds more than tensors, and reading it would run code. Convert it to safetensors."
+        return "its .bin holds more than tensors (reading it would run code) or is damaged. Convert it to safetensors."
+    if isinstance(problem, SafetensorError):
+        return f"a .safetensors file is damaged ({problem}). Fetch it again."
     lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
     return " ".join(lines[:2]) if lines else repr(problem)

@@ -5,7 +5,7 @@ from typing import Any
 
 from llmtrain.errors import UserError
 from llmtrain.hf_model.config import HFConfig, LoRAConfig
-from llmtrain.hf_model.load import refuse_missing_folder
+from llmtrain.hf_model.load import UNREADABLE, reason, refuse_missing_folder
 
 INSTALL = "pip install 'llmtrain[peft]'"
 ADAPTER = "default"
@@ -63,8 +63,8 @@ def _load_adapter(wrapped: Any, name: str) -> None:
     try:
         saved = peft.LoraConfig.from_pretrained(name)
         weights = load_peft_weights(name, device="cpu")
-    except (OSError, ValueError, TypeError) as problem:
-        raise UserError(f"model.{key}: {name!r} cannot be opened: {str(problem).splitlines()[0]}") from None
+    except UNREADABLE as problem:
+        raise UserError(f"model.{key}: {name!r} cannot be opened: {reason(problem)}") from None
     mine = wrapped.peft_config[ADAPTER]
     for setting in ("r", "lora_alpha", "use_rslora"):
         if getattr(saved, setting) != getattr(mine, setting):

@@ -11,7 +11,7 @@ from llmtrain.errors import UserError
 from llmtrain.hf_model.build import parts
 from llmtrain.hf_model.checkpoint import hf_config_of, is_hf_run, open_checkpoint
 from llmtrain.hf_model.config import HFConfig
-from llmtrain.hf_model.load import quiet_transformers, read_config
+from llmtrain.hf_model.load import UNREADABLE, quiet_transformers, read_config, reason
 from llmtrain.hf_model.lora import require_peft
 from llmtrain.tokenizer import TokenizerConfig, load_tokenizer
 
@@ -72,13 +72,16 @@ def _adapter_folder(path: Path) -> HFSource:
     base = str(_json(path / "adapter_config.json").get("base_model_name_or_path") or "")
     if not base:
         raise UserError(f"{path}/adapter_config.json: does not say which model it belongs to.")
+    files = ("adapter_model.safetensors", "adapter_model.bin")
+    if not any((path / name).is_file() for name in files):  # PEFT would look for them on the hub
+        raise UserError(f"{path}: has no {files[0]} (nor {files[1]}).")
     cfg = HFConfig(name="hf_causal_lm", pretrained_model_name_or_path=base)
     model, _ = parts(cfg)
     try:
         with quiet_transformers():
             wrapped = peft.PeftModel.from_pretrained(model, str(path))
-    except (ValueError, RuntimeError, OSError) as problem:
-        raise UserError(f"{path}: the adapters do not fit {base}: {str(problem).splitlines()[0]}") from None
+    except UNREADABLE as problem:
+        raise UserError(f"{path}: the adapters cannot be opened on {base}: {reason(problem)}") from None
     return HFSource(path, cfg, wrapped.get_base_model().eval(), wrapped.eval(), _tokenizer_in(path))
 
 

@@ -27,10 +27,6 @@ FREE_MODEL_KEYS = {
     ("use_train_metrics",),
     ("peft_config", "lora_dropout"),
 }
-FREE_AT_THE_START = {
-    # What may differ as well when a new run takes the weights of another one and nothing else.
-    ("attn_config", "attn_uses_sequence_id"),
-}
 WATCHED = ("optimizer", "scheduler", "algorithms", "global_train_batch_size", "max_duration", "train_loader", "seed")
 
 
@@ -58,9 +54,9 @@ def check_model(saved: dict[str, Any], now: dict[str, Any], checkpoint: Path, *,
     """
     if not saved.get("model"):
         return
-    free = FREE_MODEL_KEYS | FREE_AT_THE_START if weights_only else FREE_MODEL_KEYS
+    free = set(FREE_MODEL_KEYS)
     if weights_only and vocabulary_grows(saved, now):
-        free = free | {("vocab_size",)}
+        free.add(("vocab_size",))
     changed = {
         path: values
         for path, values in differences(saved["model"], now["model"]).items()

@@ -99,6 +99,11 @@ class TestLocal:
 
 
 class TestTheRecipesKeys:
+    def test_a_config_that_is_no_object(self, tmp_path: Path) -> None:
+        (tmp_path / "config.json").write_text("[]")
+        with pytest.raises(UserError, match="expected a JSON object"):
+            pretrained_config(str(tmp_path))
+
     def test_what_it_says_wins_and_the_rest_is_filled_in(self, run) -> None:
         run.save(attn_config={"alibi": True, "clip_qkv": 6, "attn_pdrop": 0.3}, resid_pdrop=0.4, norm_eps=1e-4)
         block = fill_model(
@@ -254,6 +259,20 @@ class TestStores:
             fetch((tmp_path / "cache").as_uri())
         with pytest.raises(UserError, match="there is no such file"):
             fetch((tmp_path / "x.pt").as_uri())
+
+    def test_a_store_that_may_not_be_listed_says_403_of_what_is_missing(
+        self, hf, tmp_path: Path, served, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As S3 does without the permission s3:ListBucket."""
+        say = http.server.SimpleHTTPRequestHandler.send_error
+        monkeypatch.setattr(
+            http.server.SimpleHTTPRequestHandler,
+            "send_error",
+            lambda self, code, *_: say(self, 403 if code == 404 else code),
+        )
+        assert same(read(served[0] + "/hf")[1], hf[1])
+        with pytest.raises(UserError, match=r"holds no config\.json.*must not be read"):
+            fetch(served[0] + "/other")
 
     def test_a_server_that_is_down(self) -> None:
         with pytest.raises(UserError, match=r"http://127.0.0.1:9/x/config.json cannot be downloaded"):

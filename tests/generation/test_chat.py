@@ -172,6 +172,34 @@ class TestCommand:
         with pytest.raises(UserError, match=r"/rest is no command\. /help"):
             talk(monkeypatch, exported, "/rest\n")
 
+    @pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+    def test_lines_that_are_not_utf8(self, exported: Path, errors: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), "utf-8", errors))
+        with pytest.raises(UserError, match="not UTF-8"):
+            chat_command(exported, max_new_tokens=1)
+
+    def test_utf8_is_read_in_a_locale_that_is_not(
+        self, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        lines = f"Schläft.\n/save {tmp_path / 'talk.json'}\n".encode()
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines), "ascii", "surrogateescape"))
+        chat_command(exported, max_new_tokens=1)
+        assert json.loads((tmp_path / "talk.json").read_text())["messages"][0]["content"] == "Schläft."
+
+    def test_ctrl_c_ends_a_conversation_through_a_pipe(self, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        class Interrupted(io.StringIO):
+            asked = 0
+
+            def readline(self, size: int = -1, /) -> str:
+                self.asked += 1
+                if self.asked == 1:
+                    raise KeyboardInterrupt
+                return ""
+
+        monkeypatch.setattr(sys, "stdin", Interrupted())
+        with pytest.raises(KeyboardInterrupt):
+            chat_command(exported, max_new_tokens=1)
+
     def test_a_model_that_knows_no_conversations(
         self, tmp_path: Path, model: MPT, tokenizer: Path, monkeypatch
     ) -> None:

@@ -103,6 +103,22 @@ def test_bin_files_are_read_without_running_them(tmp_path: Path) -> None:
     assert not ran.exists()
 
 
+@pytest.mark.parametrize("kept", [0, 20, 4000])
+def test_damaged_weights_are_one_line(kept: int, tmp_path: Path) -> None:
+    file = save_model(tmp_path / "llama", "llama") / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(UserError, match=r"weights of .*llama.* cannot be loaded: .*damaged"):
+        opened(tmp_path / "llama")
+
+
+def test_a_damaged_config_is_one_line(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "llama", "llama")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "rope_theta": "x", "num_attention_heads": "x"}))
+    with pytest.raises(UserError, match=r"llama"):
+        opened(folder)
+
+
 def test_code_of_a_model_is_not_run_unless_trusted(tmp_path: Path) -> None:
     folder = tmp_path / "custom"
     folder.mkdir()

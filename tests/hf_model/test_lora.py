@@ -1,6 +1,8 @@
 """Adapters: what is trained, what is frozen, and what goes into a checkpoint."""
 
 import builtins
+import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from llmtrain.errors import UserError
 from llmtrain.hf_model.build import build
 from llmtrain.hf_model.config import HFConfig
 from llmtrain.hf_model.model import HFCausalLM
+from llmtrain.hf_model.source import open_hf
 from llmtrain.training.language_model import LanguageModel
 from tests.hf_model.conftest import ROWS, save_model
 
@@ -128,6 +131,37 @@ def test_an_adapter_is_continued_and_must_be_the_one_described(model_folder: Fol
     for lora, key in (({"r": 4, "target_modules": ["q_proj"]}, r"peft_config\.r"), ({"r": 2, "target_modules": ["v_proj"]}, "target_modules")):  # fmt: skip  # noqa: E501
         with pytest.raises(UserError, match=key):
             build(config(model_folder("llama"), lora, pretrained_lora_id_or_path=str(tmp_path)))
+
+
+def test_an_adapter_that_is_damaged_or_would_run_code_is_one_line(model_folder: Folder, tmp_path: Path) -> None:
+    lora = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+    build(config(model_folder("llama"), lora)).peft.save_pretrained(str(tmp_path))
+    weights, ran = tmp_path / "adapter_model.safetensors", tmp_path / "ran"
+    about = json.loads((tmp_path / "adapter_config.json").read_text())
+    about["base_model_name_or_path"] = str(model_folder("llama"))
+    (tmp_path / "adapter_config.json").write_text(json.dumps(about))
+
+    def refused(message: str) -> None:
+        with pytest.raises(UserError, match=message):
+            open_hf(tmp_path)
+        with pytest.raises(UserError, match="cannot be opened"):
+            build(config(model_folder("llama"), lora, pretrained_lora_id_or_path=str(tmp_path)))
+
+    weights.write_bytes(weights.read_bytes()[:99])
+    refused("damaged")
+    weights.unlink()
+    refused("has no adapter_model.safetensors")
+    (tmp_path / "adapter_model.bin").write_bytes(pickle.dumps({"x": _Runs(ran)}, protocol=2))
+    refused("would run code")
+    assert not ran.exists()
+
+
+class _Runs:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return (open, (str(self.marker), "w"))
 
 
 def test_layers_that_do_not_exist_are_named(model_folder: Folder) -> None:
