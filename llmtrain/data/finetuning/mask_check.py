@@ -64,7 +64,8 @@ def check_template(tokenizer: "PreTrainedTokenizerFast", examples: Sequence[Exam
                 warnings.setdefault(kind, remark)
         (found,) = tokenize([chat])
         if isinstance(found, BadExample):
-            raise UserError(f"conversation {number} cannot be tokenised: {found}")
+            unfit.append(f"conversation {number} cannot be tokenised: {found}")
+            continue
         _check_ids(tokenizer, tokenize, layout, contents, found.ids[found.trained], number)
     if 2 * len(unfit) > len(chats) - len(refusals):  # few may be the fault of the data: such rows are dropped
         raise UserError(unfit[0])
@@ -75,7 +76,8 @@ def check_template(tokenizer: "PreTrainedTokenizerFast", examples: Sequence[Exam
         warnings["unfit"] = f"{len(unfit)} {looked_at} are dropped: {unfit[0]}"
     if refusals:
         warnings["refused"] = f"the chat template refuses {len(refusals)} {looked_at}: {refusals[0].detail}"
-    if count := tokenize.counts["special token text in a content"]:
+    count = tokenize.counts["special token text in a content"]
+    if count and tokenize.encoder.separable:
         warnings["special"] = f"{count} {looked_at} hold the text of a special token: it is tokenised as ordinary text"
     return list(warnings.values())
 

@@ -59,7 +59,8 @@ class ExampleTokenizer:
     start of each response: that is how the model meets the text when it has to write the response. So the ids are those
     of `apply_chat_template`, save where a token would reach over such a start (or over the end of a response that no
     special token closes); and save that the text of a special token inside a content is tokenised as ordinary text, so
-    that no content can close a turn or open one. Such contents are counted.
+    that no content can close a turn or open one. Such contents are counted; a tokenizer whose ids depend on what stands
+    beside a text (SentencePiece's kind) cannot do that, and there such a chat is a `BadExample`.
 
     A `PromptResponse` is tokenised as llm-foundry does it: two texts one after the other, special tokens in them
     recognised, what the tokenizer puts before a text (a BOS) put before the prompt.
@@ -156,6 +157,8 @@ class ExampleTokenizer:
         special = self.encoder.special
         if special is not None and any(special.search(message.content) for message in chat.messages):
             self.counts["special token text in a content"] += 1
+            if not self.encoder.separable:  # its text is tokenised as a whole, where such a token would be a real one
+                raise BadExample("special token text in a content", "this tokenizer cannot take it for ordinary text")
         layout, contents = self.renderer(chat)
         if self.target_responses == "last" and not layout.responses[-1].trained:
             raise BadExample("nothing to train on", "the last answer stands outside the template's generation blocks")
