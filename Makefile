@@ -47,7 +47,7 @@ test: setup
 
 $(VENV_PIP)/.ready: pyproject.toml
 	@test -x $(VENV_PIP)/bin/python || $(PYTHON) -m venv $(VENV_PIP)
-	$(VENV_PIP)/bin/python -m pip install --disable-pip-version-check '.[tensorboard,mlflow]' pytest hypothesis
+	$(VENV_PIP)/bin/python -m pip install --disable-pip-version-check '.[peft,tensorboard,mlflow]' pytest hypothesis
 	@touch $@
 
 # PYTHONSAFEPATH: what is installed is tested, not the checkout that stands in the working directory.

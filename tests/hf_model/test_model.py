@@ -157,6 +157,7 @@ def test_flops_of_a_llama_are_those_of_its_matrices(model_folder: Folder) -> Non
     layer = 32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 48 + 2 * 32
     matrices = 2 * layer + 32 + ROWS * 32
     assert full.flops_per_token(64) == 6 * matrices + 12 * 2 * 32 * 64
+    pytest.importorskip("peft")
     adapted = opened(model_folder("llama"), peft_config={"r": 2, "target_modules": "all-linear"})
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     assert adapted.flops_per_token(64) == 4 * (matrices + trained) + 2 * trained + 12 * 2 * 32 * 64
@@ -174,6 +175,7 @@ def test_masks_and_positions_of_any_packing(lengths: list[int], padding: int) ->
 
 
 def test_low_precision_keeps_the_frequencies_of_positions(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
     folder = save_model(tmp_path / "llama", "llama", dtype="bfloat16")
     kept = opened(folder, peft_config={"target_modules": ["q_proj"]}, frozen_dtype="bfloat16")
     frequencies = [value for name, value in kept.named_buffers() if name.endswith("inv_freq")]
