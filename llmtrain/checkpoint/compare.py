@@ -1,7 +1,6 @@
 """Proof that an export is the same function: plain transformers opens it, and both models are asked the same."""
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor
 from llmtrain.model.cache import KVCache
 from llmtrain.model.config import MPTConfig
 from llmtrain.model.mpt import MPT
+from llmtrain.quiet_transformers import quiet_transformers
 
 TOLERANCE = 2e-5
 """Largest difference of logits in float32, for logits up to 1; larger logits may differ in proportion, because float32
@@ -82,7 +82,7 @@ def compare_with_transformers(
 def _open(folder: Path) -> tuple[Any, list[str]]:
     from transformers import AutoModelForCausalLM
 
-    with _quiet_transformers():
+    with quiet_transformers():
         # No dtype here: its name differs between transformers 4 and 5, and both casts to float32 are exact.
         theirs, info = AutoModelForCausalLM.from_pretrained(
             folder, output_loading_info=True, local_files_only=True, trust_remote_code=False, use_safetensors=True
@@ -132,7 +132,7 @@ def _greedy_agrees(ours: MPT, theirs: Any, prompt: Tensor, config: MPTConfig, ne
     count = min(GREEDY_TOKENS, config.max_seq_len - prompt.shape[1])
     if count < 1:
         return 0, None
-    with _quiet_transformers():
+    with quiet_transformers():
         sequence = theirs.generate(
             input_ids=prompt,
             attention_mask=torch.ones_like(prompt),
@@ -157,19 +157,3 @@ def _greedy_agrees(ours: MPT, theirs: Any, prompt: Tensor, config: MPTConfig, ne
         ids = torch.tensor([[token]])
         seen = torch.cat([seen, torch.ones(1, 1, dtype=torch.bool)], dim=1)
     return len(answer), None
-
-
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Without transformers' progress bars and advice: our own report says what matters."""
-    from transformers.utils import logging
-
-    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bar:
-            logging.enable_progress_bar()

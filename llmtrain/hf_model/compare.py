@@ -9,9 +9,10 @@ from torch import Tensor
 
 from llmtrain.checkpoint.compare import GREEDY_TOKENS, PROMPT_TOKENS, TOLERANCE, Comparison
 from llmtrain.errors import UserError
-from llmtrain.hf_model.load import cast, quiet_transformers
+from llmtrain.hf_model.load import cast
 from llmtrain.hf_model.lora import require_peft
 from llmtrain.hf_model.model import HFCausalLM
+from llmtrain.quiet_transformers import quiet_transformers
 
 if TYPE_CHECKING:
     from llmtrain.hf_model.source import HFSource

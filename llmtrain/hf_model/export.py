@@ -13,8 +13,9 @@ from llmtrain.checkpoint.compare import Comparison
 from llmtrain.checkpoint.hugging_face import copy_tokenizer, ends_of_turns
 from llmtrain.errors import UserError
 from llmtrain.hf_model.compare import compare_adapters, compare_folder, merging_changes_nothing
-from llmtrain.hf_model.load import DTYPES, cast, quiet_transformers
+from llmtrain.hf_model.load import DTYPES, cast
 from llmtrain.hf_model.source import HFSource
+from llmtrain.quiet_transformers import quiet_transformers
 from llmtrain.tokenizer import load_tokenizer
 
 

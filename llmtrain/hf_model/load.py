@@ -14,6 +14,7 @@ from torch.torch_version import TorchVersion
 
 from llmtrain.errors import UserError
 from llmtrain.hf_model.config import HFConfig
+from llmtrain.quiet_transformers import quiet_transformers
 
 log = logging.getLogger(__name__)
 
@@ -233,22 +234,6 @@ def refuse_missing_folder(name: str, key: str) -> None:
     """
     if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).expanduser().is_dir():
         raise UserError(f"model.{key}: there is no folder {name!r} (from {Path.cwd()})")
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Without transformers' progress bars and advice: what matters is checked and said here."""
-    from transformers.utils import logging
-
-    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bar:
-            logging.enable_progress_bar()
 
 
 def reason(problem: BaseException) -> str:

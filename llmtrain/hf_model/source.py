@@ -11,8 +11,9 @@ from llmtrain.errors import UserError
 from llmtrain.hf_model.build import parts
 from llmtrain.hf_model.checkpoint import hf_config_of, is_hf_run, open_checkpoint
 from llmtrain.hf_model.config import HFConfig
-from llmtrain.hf_model.load import UNREADABLE, quiet_transformers, read_config, reason
+from llmtrain.hf_model.load import UNREADABLE, read_config, reason
 from llmtrain.hf_model.lora import require_peft
+from llmtrain.quiet_transformers import quiet_transformers
 from llmtrain.tokenizer import TokenizerConfig, load_tokenizer
 
 
