@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
 pytest.importorskip("peft")
 
@@ -116,6 +117,17 @@ def test_checkpoints_hold_what_is_trained_and_a_hash_of_the_rest(model_folder: F
     model.load_state_dict({**state, "model.frozen_weights_hash": torch.tensor(same_values.frozen_identity())})
     with pytest.raises(UserError, match="not those that they were trained on"):
         model.model.check_frozen_identity()
+
+
+def test_adapters_are_loaded_into_checkpointed_blocks(model_folder: Folder) -> None:
+    cfg = config(model_folder("llama"), {"r": 4})
+    model = LanguageModel(build(cfg), cfg)
+    apply_activation_checkpointing(model, check_fn=model.model.activation_checkpointing_fn)
+    state = model.state_dict()
+    model.load_state_dict(state)
+    lost = next(name for name in state if "lora_A" in name)
+    with pytest.raises(RuntimeError, match="missing keys"):
+        model.load_state_dict({name: value for name, value in state.items() if name != lost})
 
 
 def test_an_adapter_is_continued_and_must_be_the_one_described(model_folder: Folder, tmp_path: Path) -> None:
