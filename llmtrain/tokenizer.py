@@ -90,6 +90,23 @@ def with_chat_template(tokenizer: "PreTrainedTokenizerFast") -> "PreTrainedToken
     return tokenizer
 
 
+def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
+    """Write a tokenizer so that every version of transformers opens it.
+
+    Version 5 calls the class of a plain fast tokenizer by a name that version 4 does not know, and both know the older.
+    """
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        for key in ("backend", "is_local", "local_files_only"):  # how it was opened here
+            config.pop(key, None)
+        temporary = path.with_name(f".{path.name}.writing")
+        temporary.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.replace(path)
+
+
 def tokenizer_size(cfg: TokenizerConfig, *, chat: bool = False) -> int:
     """Rows that an embedding needs for a tokenizer: its largest id plus one, with the tokens that will be added.
 

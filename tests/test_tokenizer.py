@@ -13,6 +13,7 @@ from llmtrain.tokenizer import (
     fingerprint_of,
     load_raw,
     load_tokenizer,
+    save_tokenizer,
     special_token,
     tokenizer_json_path,
     tokenizer_size,
@@ -167,6 +168,18 @@ def test_template_and_tokens_travel_with_save_pretrained(corpus, tmp_path, keys,
     # A tokenizer that has the tokens and the template already gets nothing twice.
     reopened = TokenizerConfig(name=str(tmp_path), **{**keys, "kwargs": {}})
     assert len(load_tokenizer(reopened)) == tokenizer_size(reopened) == len(full)
+
+
+def test_what_is_saved_opens_in_every_version_of_transformers(corpus, tmp_path):
+    """Version 4 does not know the class that version 5 writes; both know the older name."""
+    tokenizer = load_tokenizer(TokenizerConfig(name=str(corpus.tokenizer), chat_template="chatml"))
+    save_tokenizer(tokenizer, tmp_path / "saved")
+    written = json.loads((tmp_path / "saved/tokenizer_config.json").read_text())
+    assert written["tokenizer_class"] == "PreTrainedTokenizerFast"
+    again = load_tokenizer(TokenizerConfig(name=str(tmp_path / "saved")))
+    assert again.chat_template == tokenizer.chat_template
+    assert fingerprint_of(again) == fingerprint_of(tokenizer)
+    assert {path.name for path in (tmp_path / "saved").iterdir()} >= {"tokenizer.json", "tokenizer_config.json"}
 
 
 def test_chatml_where_there_is_no_template(corpus, tmp_path):

@@ -20,7 +20,7 @@ from llmtrain.checkpoint.source import Source, open_source
 from llmtrain.errors import UserError
 from llmtrain.hf_model.export import Written, write_adapters, write_merged
 from llmtrain.hf_model.source import open_hf
-from llmtrain.tokenizer import TokenizerConfig, load_tokenizer
+from llmtrain.tokenizer import TokenizerConfig, load_tokenizer, save_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 RECORD = "llmtrain_export.json"
@@ -222,7 +222,7 @@ def _tokenizer_folder(source: Source, staging: Path) -> Path | None:
     folder = Path(source.tokenizer.name).expanduser()
     if folder.is_dir() and source.tokenizer == TokenizerConfig(name=source.tokenizer.name):
         return folder
-    load_tokenizer(source.tokenizer).save_pretrained(staging)
+    save_tokenizer(load_tokenizer(source.tokenizer), staging)
     return staging
 
 

@@ -16,7 +16,7 @@ from llmtrain.hf_model.compare import compare_adapters, compare_folder, merging_
 from llmtrain.hf_model.load import DTYPES, cast
 from llmtrain.hf_model.source import HFSource
 from llmtrain.quiet_transformers import quiet_transformers
-from llmtrain.tokenizer import load_tokenizer
+from llmtrain.tokenizer import load_tokenizer, save_tokenizer
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def _write_tokenizer(source: HFSource, folder: Path) -> dict[str, int | None]:
     if place.is_dir() and not source.tokenizer.kwargs:
         return copy_tokenizer(place, folder, rows)
     staged = folder / f".tokenizer-{uuid.uuid4().hex[:8]}"
-    load_tokenizer(source.tokenizer).save_pretrained(staged)
+    save_tokenizer(load_tokenizer(source.tokenizer), staged)
     try:
         return copy_tokenizer(staged, folder, rows)
     finally:

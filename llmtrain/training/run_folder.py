@@ -9,6 +9,7 @@ from composer import Logger, State
 from composer.loggers import LoggerDestination
 from composer.utils import dist
 
+from llmtrain.tokenizer import save_tokenizer
 from llmtrain.training.logger_destinations import WANDB_RUN_ID
 from llmtrain.training.loss_curve import TRAIN_LOSS, draw_loss_curve, read_metrics
 
@@ -41,7 +42,7 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         if anew:
             (self.path / WANDB_RUN_ID).unlink(missing_ok=True)
-        tokenizer.save_pretrained(self.tokenizer)
+        save_tokenizer(tokenizer, self.tokenizer)
         temporary = self.recipe.with_suffix(".tmp")
         temporary.write_text(recipe_yaml)
         temporary.replace(self.recipe)
