@@ -65,6 +65,11 @@ def load_tokenizer(cfg: TokenizerConfig) -> "PreTrainedTokenizerFast":
     try:
         tokenizer = AutoTokenizer.from_pretrained(cfg.name, **kwargs)
     except (OSError, ValueError, ImportError, KeyError, TypeError) as problem:
+        if "trust_remote_code" in str(problem):
+            raise UserError(
+                f"tokenizer {cfg.name!r} comes with Python code of its own. If you have read it and trust it: "
+                "tokenizer.kwargs.trust_remote_code=true"
+            ) from problem
         raise UserError(f"tokenizer {cfg.name!r} cannot be opened: {_first_line(problem)}") from problem
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"tokenizer {cfg.name!r} has no tokenizer.json (a 'fast' tokenizer is needed)")

@@ -1,4 +1,3 @@
-import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -120,8 +119,12 @@ def test_code_of_a_folder_is_not_run(corpus, tmp_path):
     config["tokenizer_class"] = "Evil"
     (tmp_path / "t" / "tokenizer_config.json").write_text(json.dumps(config))
     (tmp_path / "t" / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
-    with contextlib.suppress(UserError):
+    refusal = ""
+    try:
         load_tokenizer(TokenizerConfig(name=str(tmp_path / "t")))
+    except UserError as error:
+        refusal = str(error)
+    assert not refusal or "tokenizer.kwargs.trust_remote_code" in refusal
     assert not (tmp_path / "ran").exists()
 
 

@@ -15,7 +15,7 @@ import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from llmtrain.checkpoint import manifest
@@ -60,8 +60,9 @@ def local_path(source: str) -> Path | None:
     path = Path(source).expanduser()
     if is_uri(source):
         return None
-    if path.exists():
-        return path
+    with suppress(OSError):  # too long for a name
+        if path.exists():
+            return path
     if source.startswith((".", "/", "~")) or source.count("/") > 1 or source.endswith(".pt"):
         raise UserError(f"model.pretrained: nothing is at {source!r} (from {Path.cwd()}).")
     return None

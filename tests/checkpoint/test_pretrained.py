@@ -97,6 +97,10 @@ class TestLocal:
             with pytest.raises(UserError, match="nothing is at"):
                 fetch(name)
 
+    def test_a_name_too_long_for_a_file(self) -> None:
+        with pytest.raises(UserError):
+            fetch("x" * 400)
+
 
 class TestTheRecipesKeys:
     def test_a_config_that_is_no_object(self, tmp_path: Path) -> None:
