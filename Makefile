@@ -36,7 +36,7 @@ twins: train
 	$(BIN)/llmtrain prep data_prep/tiny-chat.yaml
 	$(BIN)/composer -n $(RANKS) train.py yamls/mpt-tiny-chat.yaml
 	$(BIN)/llmtrain export runs/mpt-tiny-chat runs/mpt-tiny-chat/export
-	printf '%s\n' 'What does `os.path.join` do?' '>>> 2 + 3' | $(BIN)/llmtrain chat runs/mpt-tiny-chat/export --temperature 0 --max-new-tokens 48
+	printf '%s\n' 'What is `argparse.ArgumentParser`?' '>>> 2 + 3' | $(BIN)/llmtrain chat runs/mpt-tiny-chat/export --temperature 0 --max-new-tokens 48
 	@echo "loss curves runs/mpt-tiny-instruct/loss.png runs/mpt-tiny-chat/loss.png"
 
 test: setup

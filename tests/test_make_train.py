@@ -126,15 +126,17 @@ def test_plain_transformers_holds_a_conversation(checkout: Path, first: str, nam
     export = checkout / f"runs/mpt-tiny-{name}/export"
     tokenizer = AutoTokenizer.from_pretrained(export, trust_remote_code=False)
     model = AutoModelForCausalLM.from_pretrained(export, trust_remote_code=False).eval()
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "What does `os.path.join` do?"}], tokenize=False, add_generation_prompt=True
-    )
-    assert text.rstrip().endswith(marker)
-    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
-    with torch.no_grad():
-        answer = model.generate(ids, max_new_tokens=200, do_sample=False)[0, ids.shape[1] :].tolist()
-    assert len(answer) < 200  # it ends its turn by itself
-    assert answer[-1] in (tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>"))
+    ended = 0
+    for name_of_function in ("json.dumps", "shutil.copytree", "random.choice"):
+        question = [{"role": "user", "content": f"What does `{name_of_function}` do?"}]
+        text = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+        assert text.rstrip().endswith(marker)
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            answer = model.generate(ids, max_new_tokens=100, do_sample=False)[0, ids.shape[1] :].tolist()
+        stops = (tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>"))
+        ended += len(answer) < 100 and answer[-1] in stops
+    assert ended >= 2  # so small a model may repeat itself once; one that has not learned to stop never does
     if name == "chat":
         assert model.config.vocab_size == 4224  # grown, a multiple of 128
 
