@@ -101,7 +101,7 @@ def ends_of_turns(folder: Path) -> list[int]:
     """Where generation must stop in a folder whose tokenizer has a chat template; else []."""
     if not (folder / "chat_template.jinja").is_file() and not (
         (folder / "tokenizer_config.json").is_file()
-        and _read_json(folder / "tokenizer_config.json").get("chat_template")
+        and read_json(folder / "tokenizer_config.json").get("chat_template")
     ):
         return []
     from llmtrain.stop_tokens import stop_ids
@@ -123,7 +123,7 @@ def read_hf_folder(path: Path) -> tuple[MPTConfig, dict[str, Tensor]]:
     Raises:
         UserError: no config, no weights, not MPT, or weights that do not fit the config (they are named).
     """
-    config = from_hugging_face(_read_json(path / "config.json"), str(path / "config.json"))
+    config = from_hugging_face(read_json(path / "config.json"), str(path / "config.json"))
     weights: dict[str, Tensor] = {}
     for file in _weight_files(path):
         for name, value in _read_tensors(file).items():
@@ -148,7 +148,7 @@ def _weight_files(folder: Path) -> list[Path]:
         ("pytorch_model.bin", "pytorch_model.bin.index.json"),
     ):
         if (folder / index).is_file():
-            weight_map = _read_json(folder / index).get("weight_map")
+            weight_map = read_json(folder / index).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
                 raise UserError(f"{folder / index}: has no weight_map.")
             names = sorted({str(name) for name in weight_map.values()})
@@ -178,7 +178,12 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
     return content
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a Hugging Face folder.
+
+    Raises:
+        UserError: it is not there, cannot be read, or is none.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

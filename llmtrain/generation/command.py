@@ -1,6 +1,7 @@
 """``llmtrain generate``: prompts in, completions out."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -89,25 +90,21 @@ def complete(
 
     An empty prompt stands for the start of a document: the model sees the end-of-text token, as it did in training.
     """
-    from llmtrain.generation.generate import generate
-    from llmtrain.stop_tokens import stop_ids
+    from llmtrain.generation.samples import sample
 
-    eos, stops = tokenizer.eos_token_id, stop_ids(tokenizer)
     for start in range(0, len(prompts), batch_size):
         part = prompts[start : start + batch_size]
-        ids = [tokenizer.encode(prompt.text, add_special_tokens=False) or [eos] for prompt in part]
-        answers = generate(
+        samples = sample(
             model,
-            ids,
+            tokenizer,
+            [prompt.text for prompt in part],
             max_new_tokens=max_new_tokens,
             sampling=sampling,
-            eos_ids=stops,
             seed=seed,
             first_index=start,
         )
-        for prompt, tokens in zip(part, answers, strict=True):
-            text = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            yield Completion(prompt, text, tokens, tokens[-1] in stops)
+        for prompt, completion in zip(part, samples, strict=True):
+            yield replace(completion, prompt=prompt)
 
 
 def _print(completion: Completion) -> None:

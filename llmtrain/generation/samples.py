@@ -28,6 +28,7 @@ def sample(
     max_new_tokens: int,
     sampling: Sampling | None = None,
     seed: int = 0,
+    first_index: int = 0,
 ) -> list[Completion]:
     """One completion of each prompt, as one batch.
 
@@ -41,6 +42,7 @@ def sample(
         max_new_tokens: Largest number of new tokens of each.
         sampling: Greedy by default.
         seed: The same seed gives the same samples; the global random state is not touched.
+        first_index: Index of the first prompt, when the prompts are a part of a longer list.
 
     Raises:
         UserError: a conversation without a template, or a prompt too long for the model's learned positions.
@@ -57,6 +59,7 @@ def sample(
         sampling=sampling,
         eos_ids=stops,
         seed=seed,
+        first_index=first_index,
         agree=_as_rank_zero if several else None,
     )
     return [

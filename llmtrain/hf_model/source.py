@@ -1,11 +1,11 @@
 """Whatever a user points at that is a Hugging Face model other than MPT, opened for generation or export."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llmtrain.checkpoint import source
+from llmtrain.checkpoint.hugging_face import read_json
 from llmtrain.checkpoint.resolve import locate
 from llmtrain.errors import UserError
 from llmtrain.hf_model.build import parts
@@ -70,7 +70,7 @@ def _folder(path: Path) -> HFSource:
 
 def _adapter_folder(path: Path) -> HFSource:
     peft = require_peft()
-    base = str(_json(path / "adapter_config.json").get("base_model_name_or_path") or "")
+    base = str(read_json(path / "adapter_config.json").get("base_model_name_or_path") or "")
     if not base:
         raise UserError(f"{path}/adapter_config.json: does not say which model it belongs to.")
     files = ("adapter_model.safetensors", "adapter_model.bin")
@@ -91,15 +91,5 @@ def _tokenizer_in(path: Path) -> TokenizerConfig | None:
 
 
 def _is_mpt(path: Path) -> bool:
-    config = _json(path / "config.json")
+    config = read_json(path / "config.json")
     return config.get("model_type") == "mpt" or any("mpt" in str(a).lower() for a in config.get("architectures") or ())
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a JSON object.")
-    return content

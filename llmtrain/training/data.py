@@ -1,5 +1,6 @@
 """The recipe's tokenizer and loaders, as Composer takes them."""
 
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,7 +108,12 @@ class Loaders:
         return build_text_loader(
             cfg,
             eos_token_id=self.tokenizer.eos_token_id,
-            tokenizer_fingerprint=fingerprint(self.recipe.tokenizer.name),  # of the shards: without added tokens
+            tokenizer_fingerprint=self._fingerprint,
             vocab_size=self.vocab_size,
             **how,
         )
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        """Of the tokenizer that shards were made with: without the tokens that this run adds."""
+        return fingerprint(self.recipe.tokenizer.name)

@@ -17,6 +17,7 @@ import yaml
 from composer.devices import DeviceCPU, DeviceGPU
 from composer.utils import dist, reproducibility
 
+from llmtrain.cores import available_cores
 from llmtrain.errors import UserError
 from llmtrain.hf_model.model import HFCausalLM
 from llmtrain.model.kernels.select import select
@@ -52,13 +53,6 @@ def start(recipe: Recipe) -> torch.device:
     own_temporary_folder()
     run_code_paths(recipe)
     return device
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # not on macOS
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def set_allocator(recipe: Recipe) -> None:

@@ -12,6 +12,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Protocol
 
 from llmtrain.conversations.messages import BadExample, Example
+from llmtrain.cores import available_cores
 from llmtrain.errors import UserError
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def tokenized(
     batches = iter(lambda: list(islice(examples, _BATCH)), [])
     for batch in islice(batches, _HERE // _BATCH):
         yield batch, *_work(tokenize, _good(batch))
-    processes = min(len(os.sched_getaffinity(0)), _MOST_PROCESSES)
+    processes = min(available_cores(), _MOST_PROCESSES)
     next_one = next(batches, None)
     if next_one is None:
         return
