@@ -16,8 +16,6 @@ PositiveFloat = Annotated[float, Field(gt=0.0)]
 NormType = Literal["layernorm", "low_precision_layernorm", "rmsnorm", "low_precision_rmsnorm"]
 AttentionImpl = Literal["auto", "eager", "sdpa", "torch", "triton", "flash", "flex", "blockwise"]
 
-NOT_YET_ATTENTION = ("flash", "flex", "blockwise")
-
 
 def _only(value: Any, *plain: Any) -> Any:
     """`value` if it is one of the `plain` values (True is not 1), else an error (pydantic adds the key)."""
@@ -36,7 +34,7 @@ class AttentionConfig(Config):
     """Dropout probability on the attention weights, while training."""
     attn_impl: AttentionImpl = "auto"
     """Kernel: `eager` (the reference), `sdpa` (torch's fused kernels), or `auto`. Old recipes' `torch` and `triton`
-    mean `sdpa` here. `flash`, `flex` and `blockwise` are not supported yet."""
+    mean `sdpa` here."""
     qk_ln: bool = False
     """Normalise queries and keys over the full d_model, each with the model's norm type (MPT-1B does)."""
     clip_qkv: PositiveFloat | None = None
@@ -48,6 +46,9 @@ class AttentionConfig(Config):
     alibi_bias_max: PositiveFloat = 8.0
     """Head i of n = 2^ceil(log2 n_heads) has slope 2^(-alibi_bias_max * i / n). Released MPT-7B: 8; StoryWriter: 16."""
 
+    alibi_window: Literal["exact", "off"] = "exact"
+    """`exact`: keys that ALiBi puts so far away that all of them together weigh less than 2^-25 of a softmax sum are
+    skipped, which float32 cannot tell from computing them. `off`: everything is computed."""
     attn_uses_sequence_id: bool = False
     """Attend within documents only, as the batch's `sequence_id` tells them apart: what packed examples need. A row
     then is the same function as its documents one by one."""
@@ -92,13 +93,6 @@ class AttentionConfig(Config):
     @classmethod
     def _not_supported_yet(cls, value: Any, info: Any) -> Any:
         return _only(value, cls.model_fields[info.field_name].default)
-
-    @field_validator("attn_impl")
-    @classmethod
-    def _kernel_not_supported_yet(cls, value: str) -> str:
-        if value in NOT_YET_ATTENTION:
-            raise ValueError(f"{value!r} is not supported yet; set it to auto, sdpa or eager")
-        return value
 
 
 class ActivationConfig(Config):

@@ -84,7 +84,8 @@ class Transformer(nn.Module):
         past = cache.length if cache is not None else 0
         x = self.wte(input_ids)
         if self.config.uses_learned_positions:
-            x = x + self.wpe(self._positions(input_ids, attention_mask, past, documents))
+            self._check_learned_positions(past + input_ids.shape[1])
+            x = x + self.wpe(_positions(input_ids, attention_mask, past, documents))
         fraction = self.config.embedding_fraction
         if fraction != 1.0:
             x = x * fraction + x.detach() * (1.0 - fraction)
@@ -99,10 +100,6 @@ class Transformer(nn.Module):
     def _attention(self, x: Tensor, attention_mask: Tensor | None, past: int, documents: Tensor | None) -> Attention:
         """The kernel with its bias, once for all layers."""
         kind = x.device.type
-        choice = select(self.config.attn_config.attn_impl, kind)
-        if choice is not self.choice:
-            self.choice = choice
-            log.info(choice.reason)
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         padding = None if attention_mask is None or documents is not None else attention_mask.bool()
         # Padding on the right only: causality hides it, and no (batch, heads, T, T) bias is needed.
@@ -118,24 +115,39 @@ class Transformer(nn.Module):
             slopes=self.slopes,
             padding=padding,
             documents=documents,
+            skip_far_keys=self.config.attn_config.alibi_window == "exact",
         )
+        choice = self._select(seen)
+        if choice != self.choice:
+            self.choice = choice
+            log.info(choice.reason)
         return Attention(choice.kernel, choice.kernel.prepare(seen))
 
-    def _positions(
-        self, input_ids: Tensor, attention_mask: Tensor | None, past: int, documents: Tensor | None
-    ) -> Tensor:
-        """Learned positions count real tokens, in each document anew: padding on the left moves nothing."""
-        n = input_ids.shape[1]
-        if past + n > self.config.max_seq_len:
+    def expected_choice(self, device: torch.device, dtype: torch.dtype) -> Choice:
+        """The kernel that training on sequences of `max_seq_len` tokens will use, q, k and v being of that dtype."""
+        n = self.config.max_seq_len
+        documents = torch.zeros(1, n, dtype=torch.int64) if self.config.attn_config.attn_uses_sequence_id else None
+        return self._select(Visibility(n, n, device, dtype, slopes=self.slopes, documents=documents))
+
+    def _select(self, seen: Visibility) -> Choice:
+        attn = self.config.attn_config
+        return select(attn.attn_impl, seen, dropout=self.training and attn.attn_pdrop > 0)
+
+    def _check_learned_positions(self, n: int) -> None:
+        if n > self.config.max_seq_len:
             raise UserError(
-                f"max_seq_len: {self.config.max_seq_len} learned positions cannot take {past + n} tokens; "
+                f"max_seq_len: {self.config.max_seq_len} learned positions cannot take {n} tokens; "
                 "shorten the input (a model with ALiBi has no such limit)"
             )
-        if documents is not None:
-            return positions_in(documents)
-        if attention_mask is None:
-            return torch.arange(past, past + n, device=input_ids.device)
-        return (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]
+
+
+def _positions(input_ids: Tensor, attention_mask: Tensor | None, past: int, documents: Tensor | None) -> Tensor:
+    """Positions count real tokens, in each document anew: padding on the left moves nothing."""
+    if documents is not None:
+        return positions_in(documents)
+    if attention_mask is None:
+        return torch.arange(past, past + input_ids.shape[1], device=input_ids.device)
+    return (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]
 
 
 class MPT(nn.Module):

@@ -20,7 +20,6 @@ from composer.utils import dist, reproducibility
 from llmtrain.cores import available_cores
 from llmtrain.errors import UserError
 from llmtrain.hf_model.model import HFCausalLM
-from llmtrain.model.kernels.select import select
 from llmtrain.recipe.batch import BatchPlan
 from llmtrain.recipe.recipe import Recipe
 from llmtrain.training.fsdp import ShardingPlan
@@ -169,7 +168,8 @@ def summary(
     if isinstance(model.model, HFCausalLM):
         attention = f"{model.model.config._attn_implementation} of transformers"
     else:
-        attention = select(model.model.config.attn_config.attn_impl, device.type).reason
+        dtype = {"amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}.get(precision, torch.float32)
+        attention = model.model.transformer.expected_choice(device, dtype).reason
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     tokens = batch.global_batch_size * recipe.max_seq_len
     begins = f"continues after step {step}" if step else "starts at step 0"

@@ -28,6 +28,8 @@ def dense_bias(visibility: Visibility) -> Tensor:
     forbidden = torch.finfo(dtype).min
     bias = distances(n_queries, n_keys, device=visibility.device, dtype=dtype)
     future = bias > 0
+    if visibility.window is not None:
+        future |= bias < -visibility.window
     if visibility.slopes is None:
         bias = torch.zeros_like(bias)
     bias.masked_fill_(future, forbidden)

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llmtrain.model.kernels.dense import dense_bias
-from llmtrain.model.kernels.interface import Kernel, Visibility
+from llmtrain.model.kernels.interface import Kernel, Visibility, repeat_kv
 from llmtrain.model.kernels.segments import Segments, segments
 from llmtrain.model.kernels.segments import attend as attend_within
 
@@ -14,7 +14,12 @@ CAUSAL = "causal"
 
 def _prepare(visibility: Visibility) -> Tensor | Segments | str | None:
     """A dense bias, or segments, or CAUSAL when that says it all, or None when every query sees every key."""
-    if visibility.slopes is None and visibility.padding is None and visibility.documents is None:
+    if (
+        visibility.slopes is None
+        and visibility.padding is None
+        and visibility.documents is None
+        and visibility.window is None
+    ):
         if visibility.n_queries == visibility.n_keys:
             return CAUSAL
         if visibility.n_queries == 1:
@@ -29,8 +34,18 @@ def _prepare(visibility: Visibility) -> Tensor | Segments | str | None:
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | Segments | str | None, *, softmax_scale: float, dropout_p: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | Segments | str | None,
+    *,
+    softmax_scale: float,
+    dropout_p: float,
+    softcap: float | None,
 ) -> Tensor:
+    if softcap is not None:
+        raise ValueError("torch's fused attention has no soft-capping")
+    k, v = repeat_kv(k, q.shape[1]), repeat_kv(v, q.shape[1])
     causal = isinstance(bias, str)
     mask = bias if isinstance(bias, Tensor) else None
     # Autocast would round the float32 bias to bfloat16 on its way in; q, k and v have autocast's dtype already.

@@ -28,6 +28,8 @@ def segments(visibility: Visibility) -> Segments | None:
     documents = visibility.documents
     if documents is None or visibility.padding is not None or visibility.n_queries != visibility.n_keys:
         return None
+    if visibility.window is not None:
+        return None
     starts = torch.ones_like(documents, dtype=torch.bool)
     starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
     rows, n = documents.shape

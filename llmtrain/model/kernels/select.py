@@ -1,12 +1,10 @@
-"""Which attention kernel a run uses, and why."""
+"""Which attention kernel a forward uses, and why."""
 
-from functools import cache
 from typing import NamedTuple
 
 from llmtrain.errors import UserError
-from llmtrain.model.config import NOT_YET_ATTENTION
 from llmtrain.model.kernels.eager import EAGER
-from llmtrain.model.kernels.interface import Kernel
+from llmtrain.model.kernels.interface import Kernel, Visibility
 from llmtrain.model.kernels.sdpa import SDPA
 
 
@@ -17,19 +15,26 @@ class Choice(NamedTuple):
     reason: str
 
 
-@cache
-def select(attn_impl: str, device_type: str = "cpu") -> Choice:
-    """The kernel for `attn_impl` on that type of device. Raises UserError for one that does not exist (yet)."""
+def select(attn_impl: str, seen: Visibility, *, dropout: bool = False, softcap: bool = False) -> Choice:
+    """The kernel for `attn_impl` and this forward.
+
+    Args:
+        attn_impl: `model.attn_config.attn_impl`.
+        seen: what is attended to: lengths, device, dtype, masks.
+        dropout: whether attention weights are dropped out.
+        softcap: whether scores are soft-capped.
+
+    Raises:
+        UserError: that kernel does not exist, is not installed, or cannot compute what is asked for.
+    """
     match attn_impl:
         case "auto":
-            return Choice(
-                SDPA, f"attn_impl auto -> sdpa: torch's fused attention, the fastest kernel built for {device_type}"
-            )
+            device = seen.device.type
+            return Choice(SDPA, f"attn_impl auto -> sdpa: torch's fused attention, the fastest kernel for {device}")
         case "eager":
             return Choice(EAGER, "attn_impl eager: the reference implementation, slow and memory-hungry")
         case "sdpa":
             return Choice(SDPA, "attn_impl sdpa: as asked for")
         case "torch" | "triton":
             return Choice(SDPA, f"attn_impl {attn_impl} is llm-foundry's name -> sdpa, which computes the same")
-    state = "is not supported yet" if attn_impl in NOT_YET_ATTENTION else "is unknown"
-    raise UserError(f"attn_config.attn_impl: {attn_impl!r} {state}; set it to auto, sdpa or eager")
+    raise UserError(f"attn_config.attn_impl: {attn_impl!r} is unknown; set it to auto, sdpa or eager")
