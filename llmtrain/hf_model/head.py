@@ -20,9 +20,11 @@ from llmtrain.model.mpt import MPTOutput, logits_or_loss
 class Head(nn.Linear):
     """A plain head without bias; a module of its own, so that FSDP gathers its weight when it is called."""
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> MPTOutput:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, hidden: Tensor, labels: Tensor | None = None, *, token_losses: bool = False
+    ) -> MPTOutput:
         """Logits or loss of (batch, T, hidden_size) hidden states."""
-        return logits_or_loss(hidden, self.weight, labels, count_correct=not self.training)
+        return logits_or_loss(hidden, self.weight, labels, count_correct=not self.training, token_losses=token_losses)
 
 
 def logit_scale(config: Any) -> float:
@@ -48,7 +50,13 @@ def logit_cap(config: Any) -> float | None:
 
 
 def general_output(
-    hidden: Tensor, logits_of: Callable[[Tensor], Tensor], labels: Tensor | None, vocab_size: int, *, count: bool
+    hidden: Tensor,
+    logits_of: Callable[[Tensor], Tensor],
+    labels: Tensor | None,
+    vocab_size: int,
+    *,
+    count: bool,
+    token_losses: bool = False,
 ) -> MPTOutput:
     """What `logits_or_loss` gives, for any function from hidden states (rows, hidden_size) to logits (rows, vocab).
 
@@ -58,6 +66,7 @@ def general_output(
         labels: (batch, T), not shifted, or None for the logits.
         vocab_size: decides how many rows are a chunk.
         count: also count the targets that have the largest logit.
+        token_losses: also give the loss of each target.
     """
     if labels is None:
         return MPTOutput(logits=logits_of(hidden))
@@ -68,15 +77,21 @@ def general_output(
     loss_sum = torch.zeros((), dtype=wide, device=hidden.device)
     correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
 
-    def of_chunk(h: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    losses: list[Tensor] = []
+
+    def of_chunk(h: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits = logits_of(h).to(wide)
         found = (logits.detach().argmax(-1) == y).sum() if count else correct.new_zeros(())
-        return F.cross_entropy(logits, y, ignore_index=IGNORED, reduction="sum"), found
+        each = F.cross_entropy(logits, y, ignore_index=IGNORED, reduction="none")
+        return each.sum(), found, each.detach()
 
     for start in range(0, len(targets), size):
         chunk = slice(start, start + size)
-        part, found = checkpoint(of_chunk, rows[chunk], targets[chunk], use_reentrant=False)
+        part, found, each = checkpoint(of_chunk, rows[chunk], targets[chunk], use_reentrant=False)
         loss_sum = loss_sum + part
         correct = correct + found
+        losses.append(each)
     n_targets = (targets != IGNORED).sum()
-    return MPTOutput(None, loss_sum / n_targets.clamp(min=1), loss_sum, n_targets, correct if count else None)
+    by_token = torch.cat(losses).view(labels.shape) if token_losses else None
+    mean = loss_sum / n_targets.clamp(min=1)
+    return MPTOutput(None, mean, loss_sum, n_targets, correct if count else None, by_token)

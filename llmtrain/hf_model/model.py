@@ -79,6 +79,7 @@ class HFCausalLM(nn.Module):
         sequence_id: Tensor | None = None,
         cache: Any = None,
         last_logits: bool = False,
+        token_losses: bool = False,
     ) -> MPTOutput:
         """Logits, or with labels the loss.
 
@@ -90,6 +91,7 @@ class HFCausalLM(nn.Module):
                 begin anew in each.
             cache: a transformers cache (`transformers.DynamicCache`), extended here.
             last_logits: only the last position's logits (batch, 1, vocab_size), without labels.
+            token_losses: with labels, also give the loss at each position (`MPTOutput.token_losses`).
 
         Raises UserError for packed rows that this architecture cannot keep apart.
         """
@@ -106,18 +108,19 @@ class HFCausalLM(nn.Module):
         if not self.takes_positions:
             inputs.pop("position_ids", None)
         hidden: Tensor = self.hf.base_model(**inputs)[0]
-        return self._output(hidden[:, -1:] if last_logits else hidden, labels)
+        return self._output(hidden[:, -1:] if last_logits else hidden, labels, token_losses)
 
-    def _output(self, hidden: Tensor, labels: Tensor | None) -> MPTOutput:
+    def _output(self, hidden: Tensor, labels: Tensor | None, token_losses: bool) -> MPTOutput:
+        count = not self.training
         if not self.plain:
             rows = int(self.hf.get_input_embeddings().weight.shape[0])
-            return head.general_output(hidden, self._logits, labels, rows, count=not self.training)
+            return head.general_output(hidden, self._logits, labels, rows, count=count, token_losses=token_losses)
         if self.scale != 1.0:
             hidden = hidden * self.scale  # scales the logits, and hidden_size numbers a token instead of vocab_size
         if self.tied:
             weight = self.hf.get_input_embeddings().weight
-            return logits_or_loss(hidden, weight, labels, count_correct=not self.training)
-        return self.hf.get_output_embeddings()(hidden, labels)  # type: ignore[no-any-return]
+            return logits_or_loss(hidden, weight, labels, count_correct=count, token_losses=token_losses)
+        return self.hf.get_output_embeddings()(hidden, labels, token_losses=token_losses)  # type: ignore[no-any-return]
 
     def _logits(self, hidden: Tensor) -> Tensor:
         if self.tied:

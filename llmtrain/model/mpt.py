@@ -20,7 +20,7 @@ from llmtrain.model.documents import causality_is_enough, documents_of, position
 from llmtrain.model.init import init_module
 from llmtrain.model.kernels.interface import Attention, Visibility
 from llmtrain.model.kernels.select import Choice, select
-from llmtrain.model.loss import chunked_cross_entropy, shift
+from llmtrain.model.loss import chunked_cross_entropy, shift, soft_cap
 from llmtrain.model.norm import build_norm
 
 log = logging.getLogger(__name__)
@@ -39,21 +39,38 @@ class MPTOutput(NamedTuple):
     """Number of targets, int64."""
     n_correct: Tensor | None = None
     """Number of targets that have the largest logit, int64; in evaluation mode only."""
+    token_losses: Tensor | None = None
+    """(batch, T), when asked for: at t the loss of predicting token t + 1, 0 where ignored; not differentiable."""
 
 
 class LMHead(nn.Linear):
     """An untied head; a module of its own, so that FSDP gathers its weight when it is called."""
 
-    def forward(self, hidden: Tensor, labels: Tensor | None) -> MPTOutput:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, hidden: Tensor, labels: Tensor | None, *, softcap: float | None = None, token_losses: bool = False
+    ) -> MPTOutput:
         """Logits or loss of (batch, T, d_model) hidden states."""
-        return logits_or_loss(hidden, self.weight, labels, count_correct=not self.training)
+        return logits_or_loss(
+            hidden, self.weight, labels, count_correct=not self.training, softcap=softcap, token_losses=token_losses
+        )
 
 
-def logits_or_loss(hidden: Tensor, weight: Tensor, labels: Tensor | None, *, count_correct: bool) -> MPTOutput:
+def logits_or_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor | None,
+    *,
+    count_correct: bool,
+    softcap: float | None = None,
+    token_losses: bool = False,
+) -> MPTOutput:
     """The logits, or with labels (not shifted, -100 where ignored) the loss, without ever holding all logits."""
     if labels is None:
-        return MPTOutput(logits=F.linear(hidden, weight))
-    sums = chunked_cross_entropy(hidden, weight, shift(labels), count_correct=count_correct)
+        logits = F.linear(hidden, weight)
+        return MPTOutput(logits=logits if softcap is None else soft_cap(logits, softcap))
+    sums = chunked_cross_entropy(
+        hidden, weight, shift(labels), count_correct=count_correct, per_token=token_losses, softcap=softcap
+    )
     return MPTOutput(None, sums.loss_sum / sums.n_targets.clamp(min=1), *sums)
 
 
@@ -177,6 +194,7 @@ class MPT(nn.Module):
         sequence_id: Tensor | None = None,
         cache: KVCache | None = None,
         last_logits: bool = False,
+        token_losses: bool = False,
     ) -> MPTOutput:
         """Logits, or with labels the loss.
 
@@ -190,6 +208,7 @@ class MPT(nn.Module):
                 document a row in either case.
             cache: keys and values of earlier forwards; extended here. Not together with documents in a row.
             last_logits: logits of the last position only, (batch, 1, vocab_size): what generation needs of a prompt.
+            token_losses: with labels, also give the loss at each position (`MPTOutput.token_losses`).
 
         Raises UserError for more tokens than the kernel or the learned positions can take, ValueError for a mask or
         documents of another shape, for a prompt padded on the right together with a cache, and for documents with one.
@@ -216,9 +235,11 @@ class MPT(nn.Module):
         factor = self.config.logit_factor
         if factor is not None:
             hidden = hidden * factor  # scales the logits, and d_model numbers a token instead of vocab_size
+        cap = self.config.final_logit_softcapping
         if self.config.tie_word_embeddings:
-            return logits_or_loss(hidden, self.transformer.wte.weight, labels, count_correct=not self.training)
-        return self.lm_head(hidden, labels)  # type: ignore[no-any-return]
+            weight, count = self.transformer.wte.weight, not self.training
+            return logits_or_loss(hidden, weight, labels, count_correct=count, softcap=cap, token_losses=token_losses)
+        return self.lm_head(hidden, labels, softcap=cap, token_losses=token_losses)  # type: ignore[no-any-return]
 
     def reset_parameters(self) -> None:
         """Initialise everything, as `init_config` says, from torch's current random state."""

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.torch_version import TorchVersion
 
 from llmtrain.errors import UserError
@@ -49,8 +50,10 @@ def test_loss_gradients_and_counts_are_transformers_own(architecture: str, model
     expected = other(input_ids=ids, labels=labels)
     logits = expected.logits[:, :-1]
     counted = labels[:, 1:] != IGNORED
-    found = ours(ids, labels)
+    found = ours(ids, labels, token_losses=True)
     torch.testing.assert_close(found.loss, expected.loss, rtol=1e-5, atol=1e-5)
+    each = F.cross_entropy(logits.transpose(1, 2), labels[:, 1:], reduction="none")
+    torch.testing.assert_close(found.token_losses, F.pad(each.detach(), (0, 1)), rtol=1e-4, atol=1e-5)
     assert found.n_targets == counted.sum()
     assert found.n_correct == (logits.argmax(-1) == labels[:, 1:])[counted].sum()
     assert found.logits is None

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from llmtrain.model.loss import IGNORED, chunked_cross_entropy, rows_in_a_chunk, shift
+from llmtrain.model.loss import IGNORED, chunked_cross_entropy, rows_in_a_chunk, shift, soft_cap
 
 
 def plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -34,34 +34,47 @@ def problem(
     rows_per_chunk=st.integers(1, 30),
     seed=st.integers(0, 99),
     outer=st.sampled_from([1.0, -0.37, 3.0]),
+    softcap=st.sampled_from([None, 1.5, 30.0]),
 )
 def test_equals_cross_entropy(
-    rows: int, vocab: int, d: int, ignored: list[bool], rows_per_chunk: int, seed: int, outer: float
+    rows: int,
+    vocab: int,
+    d: int,
+    ignored: list[bool],
+    rows_per_chunk: int,
+    seed: int,
+    outer: float,
+    softcap: float | None,
 ) -> None:
     hidden, weight, targets = problem(rows, vocab, d, ignored, seed)
-    exact = (
-        F.cross_entropy(hidden @ weight.T, targets, reduction="sum") if (targets != IGNORED).any() else 0 * hidden.sum()
-    )
+    logits = hidden @ weight.T if softcap is None else softcap * torch.tanh(hidden @ weight.T / softcap)
+    each = F.cross_entropy(logits, targets, reduction="none")
+    exact = each.sum()
     (outer * exact).backward()
     grads = [t.grad if t.grad is not None else torch.zeros_like(t) for t in (hidden, weight)]
     hidden.grad = weight.grad = None
 
-    loss = chunked_cross_entropy(hidden, weight, targets, chunk_bytes=4 * vocab * rows_per_chunk, count_correct=True)
+    size = 4 * vocab * rows_per_chunk
+    loss = chunked_cross_entropy(
+        hidden, weight, targets, chunk_bytes=size, count_correct=True, per_token=True, softcap=softcap
+    )
     (outer * loss.loss_sum).backward()
+    torch.testing.assert_close(loss.token_losses, each.detach())
     torch.testing.assert_close(loss.loss_sum, exact)
     torch.testing.assert_close(hidden.grad, grads[0])
     torch.testing.assert_close(weight.grad, grads[1])
     assert loss.n_targets.dtype == torch.int64
     assert loss.n_targets == (targets != IGNORED).sum()
-    assert loss.n_correct == ((hidden @ weight.T).argmax(-1) == targets).sum()
+    assert loss.n_correct == (logits.argmax(-1) == targets).sum()
 
 
+@pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("chunk_bytes", [None, 4 * 11 * 3])
-def test_gradcheck(chunk_bytes: int | None) -> None:
+def test_gradcheck(chunk_bytes: int | None, softcap: float | None) -> None:
     hidden, weight, targets = problem(8, 11, 4, [True, False, False, True, False, False, False, False], 3)
 
     def loss(h: Tensor, w: Tensor) -> Tensor:
-        return chunked_cross_entropy(h, w, targets, chunk_bytes=chunk_bytes).loss_sum
+        return chunked_cross_entropy(h, w, targets, chunk_bytes=chunk_bytes, softcap=softcap).loss_sum
 
     assert torch.autograd.gradcheck(loss, (hidden, weight))
     assert torch.autograd.gradcheck(lambda h: loss(h, weight.detach()), (hidden,))
@@ -70,7 +83,7 @@ def test_gradcheck(chunk_bytes: int | None) -> None:
 
 def test_second_backward_through_a_retained_graph() -> None:
     hidden, weight, targets = problem(9, 11, 4, [], 4)
-    loss = chunked_cross_entropy(hidden, weight, targets, chunk_bytes=4 * 11 * 2).loss_sum
+    loss = chunked_cross_entropy(hidden, weight, targets, chunk_bytes=4 * 11 * 2, softcap=3.0).loss_sum
     first = torch.autograd.grad(2 * loss, (hidden, weight), retain_graph=True)
     second = torch.autograd.grad(2 * loss, (hidden, weight))
     for a, b in zip(first, second, strict=True):
@@ -132,6 +145,31 @@ def test_what_stands_in_ignored_rows_does_not_matter() -> None:
     assert weight.grad.isfinite().all()
     assert hidden.grad is not None
     assert not hidden.grad[0].any()
+
+
+@pytest.mark.parametrize("ignored", [1, 5])  # few, whose rows are computed all the same, and many, which are dropped
+def test_losses_of_tokens_stand_where_the_targets_do(ignored: int) -> None:
+    hidden, weight, targets = problem(20, 10, 4, [True] * ignored, 12)
+    each = F.cross_entropy(hidden @ weight.T, targets, reduction="none").view(4, 5)
+    loss = chunked_cross_entropy(hidden.view(4, 5, 4), weight, targets.view(4, 5), chunk_bytes=120, per_token=True)
+    torch.testing.assert_close(loss.token_losses, each.detach())
+    assert loss.token_losses is not None
+    assert not loss.token_losses.requires_grad
+    torch.testing.assert_close(loss.token_losses.sum(), loss.loss_sum.detach())
+    assert not loss.token_losses.flatten()[:ignored].any()
+
+
+def test_soft_cap() -> None:
+    x = torch.tensor([0.0, 1e-3, -1e9, 1e9], dtype=torch.float64)
+    torch.testing.assert_close(soft_cap(x, 30.0), torch.tensor([0.0, 1e-3, -30.0, 30.0], dtype=torch.float64))
+
+
+def test_soft_capped_under_bfloat16_autocast() -> None:
+    hidden, weight, targets = problem(64, 100, 32, [], 13, torch.float32)
+    exact = F.cross_entropy(soft_cap(hidden.double() @ weight.double().T, 5.0), targets, reduction="sum")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = chunked_cross_entropy(hidden, weight, targets, softcap=5.0)
+    assert (loss.loss_sum - exact).abs() < 0.005 * exact
 
 
 def test_shift() -> None:

@@ -69,11 +69,13 @@ def test_loss_is_that_of_the_logits(tied: bool, logit_scale: Any) -> None:
     expected.backward()
     grads = {n: p.grad for n, p in model.named_parameters()}
     model.zero_grad()
-    out = model(ids, labels=labels)
+    out = model(ids, labels=labels, token_losses=True)
     out.loss.backward()
     torch.testing.assert_close(out.loss, expected)
     assert out.logits is None
     assert out.n_correct is None
+    each = F.cross_entropy(logits(model, ids)[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none")
+    torch.testing.assert_close(out.token_losses, F.pad(each.detach(), (0, 1)))
     assert out.n_targets == (labels[:, 1:] != -100).sum()
     torch.testing.assert_close(out.loss_sum, expected * out.n_targets)
     for name, p in model.named_parameters():
