@@ -1,6 +1,6 @@
 """What a data recipe (`data_prep/*.yaml`) may say."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -81,10 +81,25 @@ class SourceConfig(SourcePlace):
     `.zst` are decompressed. `python_literals`: each string of the dict that a Python file assigns is a document."""
     text_column: str = "text"
     """Column or key with the text."""
+    join: Literal["file", "folder"] | None = None
+    """Make one long document of several texts that belong together: `file` of all rows of a file, `folder` of all files
+    below one folder (the first one at or below the pattern's first wildcard), in the order of their paths."""
+    header: str | None = None
+    """With `join`: a line before each file's text; `{path}` stands for its path from the pattern's first wildcard."""
+    into: Literal["train", "val"] | None = None
+    """Split that the whole source goes to; null divides it by `val_fraction`."""
     max_documents: int | None = Field(default=None, gt=0)
     """Stop after this many documents."""
     max_bytes: int | None = Field(default=None, gt=0)
     """Stop before the document (UTF-8) that would go beyond this many bytes."""
+
+    @model_validator(mode="after")
+    def _joins_files(self) -> Self:
+        if self.join is not None and self.files is None:
+            raise ValueError("join puts the texts of files together: give files")
+        if self.header is not None and self.join is None:
+            raise ValueError("header stands before each file of a joined document: give join")
+        return self
 
 
 class DataRecipe(Config):
@@ -114,7 +129,7 @@ class DataRecipe(Config):
 
 
 class PrepRecipe(DataRecipe):
-    """Raw text to MDS shards: documents are tokenised, joined with EOS and cut to `max_seq_len`."""
+    """Raw text to MDS shards: documents are tokenised and cut to rows of `max_seq_len` tokens."""
 
     task: Literal["pretraining"] = "pretraining"
     """What the shards are for; `finetuning` is another kind of recipe (`ConversationRecipe`)."""
@@ -130,13 +145,38 @@ class PrepRecipe(DataRecipe):
     """End each document with the tokenizer's EOS."""
     bos: bool = False
     """Begin each document with the tokenizer's BOS."""
-    min_tokens: int = Field(default=1, ge=1)
-    """Drop documents with fewer tokens (EOS and BOS not counted)."""
+    min_document_tokens: int = Field(default=1, ge=1)
+    """Drop documents with fewer tokens (EOS and BOS not counted). `min_tokens` in older recipes."""
+    cut: Literal["stream", "documents"] = "stream"
+    """`stream`: documents are joined end to end, and a row may hold several of them, or parts. `documents`: a row holds
+    consecutive tokens of one document and nothing else; documents shorter than a row are dropped and counted."""
+    tail: Literal["overlap", "drop"] = "overlap"
+    """With `cut: documents`, what is left of a document behind its last full row: `overlap` adds a row that ends where
+    the document ends, and so repeats tokens of the row before it; `drop` leaves it out. Both are counted."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _old_name(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and "min_tokens" in data and "min_document_tokens" not in data:
+            return {"min_document_tokens" if key == "min_tokens" else key: value for key, value in data.items()}
+        return data
 
     @model_validator(mode="after")
     def _sources_fit(self) -> Self:
         check_sources(self.sources, self.split_by_source)
+        if self.cut == "stream" and "tail" in self.model_fields_set and self.tail == "drop":
+            raise ValueError("tail: drop needs cut: documents; in a stream documents have no tail")
         return self
+
+    def splits_of(self, source: SourceConfig) -> tuple[str, ...]:
+        """The splits that a source is written to."""
+        if source.into is not None:
+            return (source.into,)
+        return ("train", "val") if self.val_fraction else ("train",)
+
+    def has_validation(self) -> bool:
+        """Whether a split `val` is written."""
+        return any("val" in self.splits_of(source) for source in self.sources)
 
 
 def check_sources(sources: Sequence[SourcePlace], split_by_source: bool) -> None:

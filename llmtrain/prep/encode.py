@@ -1,6 +1,6 @@
 """Documents to token ids, in batches that the tokenizer's threads share."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -37,12 +37,13 @@ class Encoder:
         encodings = self.tokenizer.encode_batch_fast([document.text for document in batch], add_special_tokens=False)
         return [np.array(encoding.ids, np.uint32) for encoding in encodings]
 
-    def frame(self, documents: Iterable[NDArray[Any]]) -> NDArray[np.uint32]:
-        """Documents joined into one array, each between BOS and EOS (where the encoder has them)."""
+    def frame(self, documents: Sequence[NDArray[Any]]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+        """Documents joined into one array, (n,), each between BOS and EOS (where there are any), and their lengths."""
         before = np.array([] if self.bos is None else [self.bos], np.uint32)
         after = np.array([] if self.eos is None else [self.eos], np.uint32)
         parts = chain.from_iterable((before, ids, after) for ids in documents)
-        return np.concatenate([np.empty(0, np.uint32), *parts])
+        lengths = np.array([len(ids) for ids in documents], np.int64) + len(before) + len(after)
+        return np.concatenate([np.empty(0, np.uint32), *parts]), lengths
 
 
 def open_encoder(name: str, *, eos: bool, bos: bool) -> Encoder:

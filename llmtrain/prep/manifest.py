@@ -51,7 +51,7 @@ def finished(recipe: DataRecipe, inputs: dict[str, Any]) -> dict[str, Any] | Non
         if recipe.overwrite:
             return None
         raise UserError(f"{path} is damaged ({problem}): make the data again with overwrite=true") from problem
-    changed = _differences(done, recipe_content(recipe), inputs)
+    changed = _differences(_with_newer_keys(done, recipe), recipe_content(recipe), inputs)
     if not changed:
         return done
     if recipe.overwrite:
@@ -60,6 +60,16 @@ def finished(recipe: DataRecipe, inputs: dict[str, Any]) -> dict[str, Any] | Non
         f"out: {out} was made with other settings; changed since: {', '.join(changed)}. "
         "Choose another folder, or replace it with overwrite=true"
     )
+
+
+def _with_newer_keys(done: dict[str, Any], recipe: DataRecipe) -> dict[str, Any]:
+    """A manifest with the keys that have come since it was written, at the defaults that gave what it describes."""
+    beside = recipe.model_dump(mode="json", include=_NOT_CONTENT)
+    try:
+        before = type(recipe).model_validate({**beside, **done.get("recipe", {})})
+    except (ValueError, TypeError):
+        return done  # of another kind, or with keys that are gone: then it differs
+    return {**done, "recipe": recipe_content(before)}
 
 
 def _differences(done: dict[str, Any], recipe: dict[str, Any], inputs: dict[str, Any]) -> list[str]:

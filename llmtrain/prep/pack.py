@@ -1,6 +1,6 @@
-"""Documents joined end to end and cut into rows of one length."""
+"""Documents cut into rows of one length: joined end to end, or each by itself."""
 
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,24 +8,48 @@ from numpy.typing import NDArray
 _GATHER = 1 << 18  # tokens that are collected before rows are cut: copies stay few, memory stays flat
 
 
+class Cutter(Protocol):
+    """Tokens of documents in, rows out; both kinds count what comes into no row, and what comes into two."""
+
+    @property
+    def dropped(self) -> int:
+        """Tokens that are in no row (so far)."""
+
+    @property
+    def repeated(self) -> int:
+        """Tokens that are in two rows."""
+
+    @property
+    def short_documents(self) -> int:
+        """Documents that fill no row."""
+
+    def add(self, ids: NDArray[Any], lengths: NDArray[np.int64]) -> NDArray[Any] | None:
+        """Take documents, joined to (n,), of these lengths, which add up to n; returns rows, (m, seq_len), or None."""
+
+    def rows(self) -> NDArray[Any]:
+        """All complete rows that wait, (m, seq_len), m >= 0."""
+
+
 class Packer:
     """Joins documents and cuts rows of `seq_len` tokens; a document goes on in the next row.
 
-    Only the last, incomplete row is dropped; `tail` says how many tokens that are.
+    Only the last, incomplete row is dropped.
     """
+
+    repeated = 0
+    short_documents = 0
 
     def __init__(self, seq_len: int, dtype: np.dtype[Any]) -> None:
         self._seq_len = seq_len
         self._dtype = dtype
         self._parts: list[NDArray[Any]] = []
-        self.tail = 0
-        """Tokens that wait for a row of their own."""
+        self.dropped = 0
 
-    def add(self, ids: NDArray[Any]) -> NDArray[Any] | None:
+    def add(self, ids: NDArray[Any], lengths: NDArray[np.int64]) -> NDArray[Any] | None:
         """Append tokens, (n,); returns rows, (m, seq_len), once there are enough of them to be worth a copy."""
         self._parts.append(ids)
-        self.tail += len(ids)
-        return self.rows() if self.tail >= max(_GATHER, self._seq_len) else None
+        self.dropped += len(ids)
+        return self.rows() if self.dropped >= max(_GATHER, self._seq_len) else None
 
     def rows(self) -> NDArray[Any]:
         """All complete rows, (m, seq_len), m >= 0; what is left waits for more tokens."""
@@ -33,5 +57,49 @@ class Packer:
         cut = len(joined) // self._seq_len * self._seq_len
         rest = joined[cut:].copy()  # a view would keep the whole array alive
         self._parts = [rest]
-        self.tail = len(rest)
+        self.dropped = len(rest)
         return joined[:cut].reshape(-1, self._seq_len)
+
+
+class DocumentCutter:
+    """Cuts each document by itself: a row of `seq_len` tokens holds text of one document only.
+
+    Args:
+        seq_len: tokens in a row.
+        dtype: of the rows.
+        overlap: what is left behind a document's last full row becomes a row that ends with the document, and begins
+            with tokens that the row before it has, too. Otherwise it is dropped.
+    """
+
+    def __init__(self, seq_len: int, dtype: np.dtype[Any], *, overlap: bool) -> None:
+        self._seq_len = seq_len
+        self._dtype = dtype
+        self._overlap = overlap
+        self.dropped = 0
+        self.repeated = 0
+        self.short_documents = 0
+
+    def add(self, ids: NDArray[Any], lengths: NDArray[np.int64]) -> NDArray[Any] | None:
+        """The rows of some documents; a document never waits for another."""
+        full, left = np.divmod(lengths, self._seq_len)
+        ends = np.cumsum(lengths)
+        fits = full > 0
+        # Row k of a document begins at k * seq_len of it.
+        number = np.arange(full.sum()) - np.repeat(np.cumsum(full) - full, full)
+        starts = np.repeat(ends - lengths, full) + number * self._seq_len
+        if self._overlap:
+            last = fits & (left > 0)
+            starts = np.sort(np.concatenate([starts, ends[last] - self._seq_len]))
+            self.repeated += int((self._seq_len - left[last]).sum())
+            self.dropped += int(lengths[~fits].sum())
+        else:
+            self.dropped += int(left.sum())
+        self.short_documents += int((~fits).sum())
+        if not len(starts):
+            return None
+        windows = np.lib.stride_tricks.sliding_window_view(ids, self._seq_len)
+        return windows[starts].astype(self._dtype, copy=False)
+
+    def rows(self) -> NDArray[Any]:
+        """Nothing waits here."""
+        return np.empty((0, self._seq_len), self._dtype)

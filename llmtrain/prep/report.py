@@ -35,9 +35,16 @@ def print_totals(console: Console, splits: Mapping[str, SplitCounts], seconds: f
             f"{counts.shard_bytes / 1e6:,.2f}",
         )
     console.print(table)
-    short = sum(counts.dropped_documents for counts in splits.values())
-    tails = sum(counts.dropped_tokens for counts in splits.values())
-    console.print(f"dropped: {short:,} documents below min_tokens, {tails:,} tokens that fill no row", highlight=False)
+    short, fill_none, lost, twice = (
+        sum(getattr(counts, key) for counts in splits.values())
+        for key in ("dropped_documents", "short_documents", "dropped_tokens", "repeated_tokens")
+    )
+    parts = [f"{short:,} documents below min_document_tokens", f"{lost:,} tokens that fill no row"]
+    if fill_none:
+        parts[1] += f" ({fill_none:,} documents have fewer than a row)"
+    console.print(f"dropped: {', '.join(parts)}", highlight=False)
+    if twice:
+        console.print(f"repeated: {twice:,} tokens, in rows that end where a document ends", highlight=False)
     total = sum(counts.bytes for counts in splits.values())
     console.print(f"{total / 1e6:,.2f} MB of text in {seconds:.1f} s", highlight=False)
 
@@ -45,7 +52,7 @@ def print_totals(console: Console, splits: Mapping[str, SplitCounts], seconds: f
 def loader_yaml(recipe: PrepRecipe) -> str:
     """`train_loader` and `eval_loader` for a training recipe."""
     lines = [*_loader(recipe, "train_loader", "train", shuffle=True)]
-    if recipe.val_fraction:
+    if recipe.has_validation():
         lines += _loader(recipe, "eval_loader", "val", shuffle=False)
     if recipe.tokenizer.train is not None:
         lines += ["tokenizer:", f"  name: {recipe.out}/tokenizer"]
@@ -59,6 +66,8 @@ def _loader(recipe: PrepRecipe, key: str, split: str, *, shuffle: bool) -> list[
     if recipe.split_by_source:
         lines.append("    streams:")
         for source in recipe.sources:
+            if split not in recipe.splits_of(source):
+                continue
             lines += [f"      {source.name}:", f"        local: {recipe.out}/{source.name}/{split}"]
             if source.proportion is not None and split == "train":
                 lines.append(f"        proportion: {source.proportion:g}")

@@ -12,12 +12,12 @@ from llmtrain.config.base import Config
 from llmtrain.config.load import load
 from llmtrain.errors import UserError
 from llmtrain.prep import manifest
-from llmtrain.prep.config import PrepRecipe
+from llmtrain.prep.config import PrepRecipe, SourceConfig
 from llmtrain.prep.conversation_config import ConversationRecipe
 from llmtrain.prep.encode import Encoder, batches, open_encoder
 from llmtrain.prep.in_place import hidden_until_complete
 from llmtrain.prep.mds import ShardWriter, token_dtype
-from llmtrain.prep.pack import Packer
+from llmtrain.prep.pack import Cutter, DocumentCutter, Packer
 from llmtrain.prep.progress import progress
 from llmtrain.prep.report import loader_yaml, print_nothing_to_do, print_totals
 from llmtrain.prep.sources import Document, documents, files_of
@@ -108,21 +108,24 @@ def _make(recipe: PrepRecipe, folder: Path, console: Console) -> tuple[dict[str,
     with progress(console, "tokenizing", _bytes_to_read(recipe)) as advance:
         for source in recipe.sources:
             prefix = f"{source.name}/" if recipe.split_by_source else ""
-            for split in ("train", "val") if recipe.val_fraction else ("train",):
+            for split in recipe.splits_of(source):
                 if prefix + split not in writers:
                     writers[prefix + split] = _writer(recipe, folder / prefix / split, encoder, facts)
             number = 0
             for batch in batches(documents(source)):
-                held_out = [is_validation(source.name, number + i, recipe.val_fraction) for i in range(len(batch))]
+                held_out = [_is_held_out(recipe, source, number + i) for i in range(len(batch))]
                 number += len(batch)
-                _write_batch(batch, held_out, encoder, recipe.min_tokens, writers, prefix)
+                _write_batch(batch, held_out, encoder, recipe.min_document_tokens, writers, prefix)
                 advance(sum(document.n_bytes for document in batch))
     splits = {name: writer.finish() for name, writer in writers.items()}
     for split, counts in splits.items():
         if counts.samples == 0:
+            short = f" ({counts.dropped_documents:,} more are below min_document_tokens)" * bool(
+                counts.dropped_documents
+            )
             raise UserError(
-                f"{split} would be empty: {counts.documents:,} documents with {counts.tokens:,} tokens fill no row of "
-                f"{recipe.max_seq_len}. More text, another val_fraction, or a shorter max_seq_len is needed"
+                f"{split} would be empty: {counts.documents:,} documents with {counts.tokens:,} tokens{short} fill no row "
+                f"of {recipe.max_seq_len}. More text, another val_fraction, or a shorter max_seq_len is needed"
             )
     content = {
         "format": manifest.FORMAT,
@@ -144,25 +147,33 @@ def _writer(recipe: PrepRecipe, folder: Path, encoder: Encoder, facts: dict[str,
         size_limit=recipe.size_limit,
         about=facts,
     )
-    return SplitWriter(shards, Packer(recipe.max_seq_len, dtype), encoder.vocab_size)
+    cutter: Cutter = Packer(recipe.max_seq_len, dtype)
+    if recipe.cut == "documents":
+        cutter = DocumentCutter(recipe.max_seq_len, dtype, overlap=recipe.tail == "overlap")
+    return SplitWriter(shards, cutter, encoder.vocab_size)
+
+
+def _is_held_out(recipe: PrepRecipe, source: SourceConfig, number: int) -> bool:
+    if source.into is not None:
+        return source.into == "val"
+    return is_validation(source.name, number, recipe.val_fraction)
 
 
 def _write_batch(
     batch: list[Document],
     held_out: list[bool],
     encoder: Encoder,
-    min_tokens: int,
+    min_document_tokens: int,
     writers: dict[str, SplitWriter],
     prefix: str,
 ) -> None:
     ids = encoder.encode(batch)
     for split, wanted in (("train", False), ("val", True)):
         mine = [i for i, held in enumerate(held_out) if held == wanted]
-        kept = [i for i in mine if len(ids[i]) >= min_tokens]
+        kept = [i for i in mine if len(ids[i]) >= min_document_tokens]
         if mine:
             writers[prefix + split].add(
-                encoder.frame(ids[i] for i in kept),
-                documents=len(kept),
+                *encoder.frame([ids[i] for i in kept]),
                 n_bytes=sum(batch[i].n_bytes for i in kept),
                 dropped=len(mine) - len(kept),
             )
@@ -177,7 +188,7 @@ def _train_tokenizer(recipe: PrepRecipe, folder: Path, console: Console) -> None
         for source in recipe.sources:
             left = per_source
             for number, document in enumerate(documents(source)):
-                if is_validation(source.name, number, recipe.val_fraction):
+                if _is_held_out(recipe, source, number):
                     continue
                 yield document.text[:left]
                 left -= document.n_bytes

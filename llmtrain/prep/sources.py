@@ -93,11 +93,27 @@ def _all_documents(source: SourceConfig) -> Iterator[tuple[str, str]]:
     if source.hf_name is not None:
         yield from _hugging_face(source)
         return
+    if source.join is not None:
+        yield from _joined(source)
+        return
     for path in files_of(source):
-        try:
-            yield from _read(path, source)
-        except (OSError, EOFError) as problem:
-            raise UserError(f"source {source.name!r}: {path} cannot be read: {problem}") from problem
+        yield from _read(path, source)
+
+
+def _joined(source: SourceConfig) -> Iterator[tuple[str, str]]:
+    """One document for each file or folder; texts are a blank line apart."""
+    groups: dict[str, list[tuple[Path, str]]] = {}
+    for path, name in named_files_of(source).items():
+        first, _, deeper = name.partition("/")
+        group = str(path).removesuffix(name) + first if source.join == "folder" and deeper else str(path)
+        groups.setdefault(group, []).append((path, name))
+    for group, files in groups.items():
+        parts = []
+        for path, name in sorted(files):
+            text = "\n\n".join(row for row, _ in _read(path, source))
+            header = "" if source.header is None else source.header.replace("{path}", name) + "\n"
+            parts.append(header + text)
+        yield "\n\n".join(parts), group
 
 
 def _expand(pattern: str) -> str:
@@ -105,6 +121,13 @@ def _expand(pattern: str) -> str:
 
 
 def _read(path: Path, source: SourceConfig) -> Iterator[tuple[str, str]]:
+    try:
+        yield from _rows(path, source)
+    except (OSError, EOFError) as problem:
+        raise UserError(f"source {source.name!r}: {path} cannot be read: {problem}") from problem
+
+
+def _rows(path: Path, source: SourceConfig) -> Iterator[tuple[str, str]]:
     suffix = bare_suffix(path)
     kind = source.format
     if kind == "auto":

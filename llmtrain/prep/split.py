@@ -8,7 +8,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from llmtrain.prep.mds import ShardWriter
-from llmtrain.prep.pack import Packer
+from llmtrain.prep.pack import Cutter
 
 
 def is_validation(source: str, document: int, fraction: float) -> bool:
@@ -29,9 +29,13 @@ class SplitCounts:
     samples: int
     """Rows written."""
     dropped_documents: int
-    """Documents with fewer than `min_tokens` tokens."""
+    """Documents with fewer than `min_document_tokens` tokens; they are not among `documents`."""
+    short_documents: int
+    """Documents that went in and fill no row (`cut: documents`)."""
     dropped_tokens: int
-    """The incomplete last row."""
+    """Tokens of the documents that went in, and are in no row."""
+    repeated_tokens: int
+    """Tokens that are in two rows (`tail: overlap`)."""
     shard_bytes: int
     """Size of the shards on disk."""
     unigram_entropy_nats: float
@@ -43,25 +47,25 @@ class SplitCounts:
 
 
 class SplitWriter:
-    """Packs and writes one split, and counts."""
+    """Cuts and writes one split, and counts."""
 
-    def __init__(self, shards: ShardWriter, packer: Packer, vocab_size: int) -> None:
+    def __init__(self, shards: ShardWriter, cutter: Cutter, vocab_size: int) -> None:
         self._shards = shards
-        self._packer = packer
+        self._cutter = cutter
         self._of_token: NDArray[np.int64] = np.zeros(vocab_size, np.int64)
         self._documents = self._bytes = self._tokens = self._dropped = 0
 
-    def add(self, ids: NDArray[Any], *, documents: int, n_bytes: int, dropped: int) -> None:
-        """Append the framed tokens of some documents, (n,)."""
-        self._documents += documents
+    def add(self, ids: NDArray[Any], lengths: NDArray[np.int64], *, n_bytes: int, dropped: int) -> None:
+        """Append the framed tokens of some documents, (n,), which have these lengths."""
+        self._documents += len(lengths)
         self._bytes += n_bytes
         self._tokens += len(ids)
         self._dropped += dropped
-        self._write(self._packer.add(ids))
+        self._write(self._cutter.add(ids, lengths))
 
     def finish(self) -> SplitCounts:
         """Write what is left and the index; a split without a full row gets neither."""
-        self._write(self._packer.rows())
+        self._write(self._cutter.rows())
         if self._shards.samples:
             self._shards.finish()
         share = self._of_token[self._of_token > 0] / max(1, self._of_token.sum())
@@ -71,7 +75,9 @@ class SplitWriter:
             tokens=self._tokens,
             samples=self._shards.samples,
             dropped_documents=self._dropped,
-            dropped_tokens=self._packer.tail,
+            short_documents=self._cutter.short_documents,
+            dropped_tokens=self._cutter.dropped,
+            repeated_tokens=self._cutter.repeated,
             shard_bytes=self._shards.bytes_written,
             unigram_entropy_nats=float(-(share * np.log(share)).sum()),
         )

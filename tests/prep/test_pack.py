@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmtrain.prep import pack
-from llmtrain.prep.pack import Packer
+from llmtrain.prep.pack import DocumentCutter, Packer
 
 
 @given(
@@ -19,7 +19,7 @@ def test_rows_are_the_documents_end_to_end(lengths, seq_len, gather):
         everything = np.arange(sum(lengths), dtype=np.uint16)
         rows = []
         for piece in np.split(everything, np.cumsum(lengths)[:-1]) if lengths else []:
-            taken = packer.add(piece)
+            taken = packer.add(piece, np.array([len(piece)]))
             if taken is not None:
                 rows.append(taken)
         rows.append(packer.rows())
@@ -30,4 +30,38 @@ def test_rows_are_the_documents_end_to_end(lengths, seq_len, gather):
     assert out.dtype == np.uint16
     assert out.shape == (n, seq_len)
     assert np.array_equal(out.reshape(-1), everything[: n * seq_len])
-    assert packer.tail == len(everything) - n * seq_len < seq_len
+    assert packer.dropped == len(everything) - n * seq_len < seq_len
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 40), max_size=6), max_size=6),
+    st.integers(1, 17),
+    st.booleans(),
+)
+def test_a_row_is_of_one_document_and_every_token_is_accounted_for(batches, seq_len, overlap):
+    """Against a plain loop over documents; the counts add up."""
+    cutter = DocumentCutter(seq_len, np.dtype(np.uint16), overlap=overlap)
+    token, rows, expected, short = 0, [np.empty((0, seq_len), np.uint16)], [], 0
+    for lengths in batches:
+        ids = np.arange(token, token + sum(lengths), dtype=np.uint32)
+        taken = cutter.add(ids, np.array(lengths, np.int64))
+        if taken is not None:
+            rows.append(taken)
+        for length in lengths:
+            document = range(token, token + length)
+            token += length
+            short += length < seq_len
+            if length >= seq_len:
+                expected += [list(document[i : i + seq_len]) for i in range(0, length - seq_len + 1, seq_len)]
+                if overlap and length % seq_len:
+                    expected.append(list(document[-seq_len:]))
+    out = np.concatenate([*rows, cutter.rows()])
+    assert out.dtype == np.uint16
+    assert out.tolist() == expected
+    used, times = np.unique(out, return_counts=True)
+    assert cutter.dropped == token - len(used)
+    assert cutter.repeated == int((times - 1).sum())
+    assert times.max(initial=1) <= 2
+    assert cutter.short_documents == short
+    if overlap:
+        assert cutter.dropped == sum(length for lengths in batches for length in lengths if length < seq_len)

@@ -94,7 +94,7 @@ def test_rows_are_the_documents_joined_with_eos_and_split(tmp_path, docs):
 
 
 def test_bos_no_eos_and_short_documents(tmp_path, docs):
-    content, _ = make(recipe(tmp_path, docs, bos=True, eos=False, min_tokens=30))
+    content, _ = make(recipe(tmp_path, docs, bos=True, eos=False, min_document_tokens=30))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / "tokenizer")
     kept = [tokenizer.encode(text) for i, text in enumerate(docs[1]) if not is_validation("docs", i, 0.2)]
     long = [ids for ids in kept if len(ids) >= 30]
@@ -276,3 +276,43 @@ def test_tiny_recipe_runs(tmp_path):
     assert content["splits"]["train"]["tokens"] > 1_500_000
     assert content["splits"]["val"]["samples"] > 100
     assert content["vocab_size"] == 4096
+
+
+def test_rows_of_long_documents_only(tmp_path, docs):
+    """Each row is of one document, and the last one ends where the document ends."""
+    content, said = make(recipe(tmp_path, docs, cut="documents", min_document_tokens=100))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / "tokenizer")
+    for split, wanted in (("train", False), ("val", True)):
+        texts = [text for i, text in enumerate(docs[1]) if is_validation("docs", i, 0.2) == wanted]
+        ids = [[*tokenizer.encode(text), tokenizer.eos_token_id] for text in texts]
+        kept = [document for document in ids if len(document) > 100]
+        starts = [sorted({*range(0, len(d) - SEQ + 1, SEQ), len(d) - SEQ}) for d in kept]
+        expected = [d[i : i + SEQ] for d, places in zip(kept, starts, strict=True) for i in places]
+        assert rows(tmp_path / "out" / split).tolist() == expected
+        counts = content["splits"][split]
+        assert (counts["documents"], counts["dropped_documents"]) == (len(kept), len(ids) - len(kept))
+        assert counts["repeated_tokens"] == len(expected) * SEQ - counts["tokens"] > 0
+        assert counts["dropped_tokens"] == 0
+    assert "documents below min_document_tokens" in said
+    assert "repeated: " in said
+
+
+def test_a_source_for_one_split(tmp_path, docs):
+    place = {"files": [str(docs[0])]}
+    sources = [{"name": "a", **place, "into": "train"}, {"name": "b", **place, "max_documents": 50, "into": "val"}]
+    content, said = make(recipe(tmp_path, docs, val_fraction=0, sources=sources))
+    assert {split: counts["documents"] for split, counts in content["splits"].items()} == {"train": 300, "val": 50}
+    assert "eval_loader" in said
+
+
+def test_data_that_was_made_before_a_key_existed_is_still_complete(tmp_path, docs):
+    made_recipe = recipe(tmp_path, docs)
+    make(made_recipe)
+    path = tmp_path / "out" / "prep.json"
+    old = json.loads(path.read_text())
+    old["recipe"]["min_tokens"] = old["recipe"].pop("min_document_tokens")
+    del old["recipe"]["cut"], old["recipe"]["tail"], old["recipe"]["sources"][0]["join"]
+    path.write_text(json.dumps(old))
+    assert "nothing to do" in make(made_recipe)[1]
+    with pytest.raises(UserError, match="changed since: cut, min_document_tokens"):
+        make(recipe(tmp_path, docs, cut="documents", min_document_tokens=2))

@@ -147,3 +147,18 @@ def test_inputs_change_with_the_files(tmp_path):
     assert describe_inputs(source) == before
     Path(path).write_bytes(b"abcd")
     assert describe_inputs(source) != before
+
+
+def test_files_of_a_folder_become_one_document(tmp_path):
+    for name in ("mail/b.py", "mail/a.py", "mail/sub/c.py", "one.py", "x/y.py"):
+        write(tmp_path / name, f"I am {name}\n".encode())
+    joined = {"files": [f"{tmp_path}/**/*.py"], "join": "folder", "header": "# {path}"}
+    mail = "\n\n".join(f"# mail/{name}\nI am mail/{name}\n" for name in ("a.py", "b.py", "sub/c.py"))
+    assert texts(**joined) == [mail, "# one.py\nI am one.py\n", "# x/y.py\nI am x/y.py\n"]
+    assert sorted(texts(**joined, order="shuffled")) == sorted(texts(**joined))
+    assert texts(**joined, max_documents=1) == [mail]
+
+
+def test_rows_of_a_file_become_one_document(tmp_path):
+    files = [write(tmp_path / name, JSONL) for name in ("a.jsonl", "b.jsonl")]
+    assert texts(files=files, join="file") == ["\n\n".join(TEXTS)] * 2
