@@ -97,8 +97,8 @@ class DocumentCutter:
         self.short_documents += int((~fits).sum())
         if not len(starts):
             return None
-        windows = np.lib.stride_tricks.sliding_window_view(ids, self._seq_len)
-        return windows[starts].astype(self._dtype, copy=False)
+        found: NDArray[Any] = np.lib.stride_tricks.sliding_window_view(ids, self._seq_len)[starts]
+        return found.astype(self._dtype, copy=False)
 
     def rows(self) -> NDArray[Any]:
         """Nothing waits here."""

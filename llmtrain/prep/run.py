@@ -124,8 +124,8 @@ def _make(recipe: PrepRecipe, folder: Path, console: Console) -> tuple[dict[str,
                 counts.dropped_documents
             )
             raise UserError(
-                f"{split} would be empty: {counts.documents:,} documents with {counts.tokens:,} tokens{short} fill no row "
-                f"of {recipe.max_seq_len}. More text, another val_fraction, or a shorter max_seq_len is needed"
+                f"{split} would be empty: {counts.documents:,} documents with {counts.tokens:,} tokens{short} fill no "
+                f"row of {recipe.max_seq_len}. More text, another val_fraction, or a shorter max_seq_len is needed"
             )
     content = {
         "format": manifest.FORMAT,
