@@ -144,7 +144,7 @@ def build_optimizer(cfg: OptimizerConfig, model: "nn.Module") -> "Optimizer":
     if isinstance(cfg, DecoupledLionWConfig):
         del settings["eps"]
     if isinstance(cfg, DecoupledAdamWConfig):
-        from composer.optim import DecoupledAdamW
+        from llmtrain.training.decoupled_adamw import DecoupledAdamW
 
         decoupled: Optimizer = DecoupledAdamW(groups, **settings)
         return decoupled

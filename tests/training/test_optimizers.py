@@ -3,7 +3,6 @@ import math
 
 import pytest
 import torch
-from composer.optim import DecoupledAdamW
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
@@ -11,6 +10,7 @@ from torch import nn
 
 from llmtrain.errors import UserError
 from llmtrain.testing.ranks import run_ranks
+from llmtrain.training.decoupled_adamw import DecoupledAdamW
 from llmtrain.training.lion import DecoupledLionW
 from llmtrain.training.optimizers import OptimizerConfig, build_optimizer, parameter_groups
 
