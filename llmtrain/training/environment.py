@@ -1,6 +1,5 @@
 """Before the model exists: the process group, seeds, threads, temporary files, and what is said about them."""
 
-import ctypes
 import logging
 import os
 import shutil
@@ -23,6 +22,7 @@ from llmtrain.hf_model.model import HFCausalLM
 from llmtrain.recipe.batch import BatchPlan
 from llmtrain.recipe.recipe import Recipe
 from llmtrain.training.fsdp import ShardingPlan
+from llmtrain.training.host_memory import keep_freed_memory
 from llmtrain.training.language_model import LanguageModel, trainable_parameters
 
 
@@ -65,19 +65,6 @@ def set_allocator(recipe: Recipe) -> None:
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", ",".join(settings))
     if recipe.cuda_load_lazy:
         os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")
-
-
-def keep_freed_memory() -> None:
-    """Has glibc keep large freed blocks for the next step instead of returning them to the kernel.
-
-    Activations and logits are allocated anew in each step; without this every one of their pages is faulted in again, a
-    seventh of the CPU time of a small step (docs/log.md). Other C libraries are left alone.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD in malloc.h
-        mallopt(mmap_threshold, 2**30)
-        mallopt(trim_threshold, 2**31 - 1)
 
 
 def set_logging(recipe: Recipe) -> None:
@@ -142,7 +129,7 @@ def hyperparameters(recipe: Recipe) -> dict[str, Any]:
 
 def notes(recipe: Recipe) -> list[str]:
     """Lines about keys that are accepted and mean nothing here."""
-    return [
+    lines = [
         f"{key}: {value!r} is not used; checkpoints are always {name}."
         for key, value, name in (
             ("save_filename", recipe.save_filename, "epE-baB in save_folder"),
@@ -150,6 +137,12 @@ def notes(recipe: Recipe) -> list[str]:
         )
         if value is not None
     ]
+    recomputes = recipe.fsdp_config is not None and recipe.fsdp_config.checkpointing != "none"
+    if not recomputes and getattr(recipe.model, "activation_checkpointing_target", None) is not None:
+        lines.append(
+            "model.activation_checkpointing_target: nothing is recomputed; set fsdp_config.activation_checkpointing."
+        )
+    return lines
 
 
 def summary(
