@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from llmtrain.model.attention import SelfAttention
 from llmtrain.model.cache import KVCache
 from llmtrain.model.config import MPTConfig
-from llmtrain.model.ffn import FeedForward
+from llmtrain.model.ffn import build_ffn
 from llmtrain.model.kernels.interface import Attention
 from llmtrain.model.norm import build_norm
 
@@ -21,7 +21,7 @@ class Block(nn.Module):
         self.norm_1 = build_norm(config.norm_type, config.d_model, **norm)
         self.attn = SelfAttention(config, layer, device)
         self.norm_2 = build_norm(config.norm_type, config.d_model, **norm)
-        self.ffn = FeedForward(config, device)
+        self.ffn = build_ffn(config, device)
         self.dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(self, x: Tensor, attend: Attention, cache: KVCache | None = None) -> Tensor:

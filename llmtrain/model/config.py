@@ -1,98 +1,36 @@
 """The MPT configuration: llm-foundry's key names, meanings and defaults, without torch.
 
 One default differs: `attn_impl` is `auto` (llm-foundry's `flash` cannot start without a GPU). Keys of features that
-are not built yet are accepted where their value is the plain one, and refused by name otherwise.
+do not exist here are accepted where their value is the plain one, and refused by name otherwise.
 """
 
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from llmtrain.config.base import Config
+from llmtrain.config.base import Config, mistake
+from llmtrain.model.attention_config import (
+    AttentionConfig,
+    PositiveFloat,
+    PositiveInt,
+    Probability,
+    RopeDailConfig,
+    RopeHFConfig,
+    only,
+)
 
-Probability = Annotated[float, Field(ge=0.0, le=1.0)]
-PositiveInt = Annotated[int, Field(gt=0)]
-PositiveFloat = Annotated[float, Field(gt=0.0)]
+__all__ = [
+    "ActivationConfig",
+    "AttentionConfig",
+    "FFNConfig",
+    "InitConfig",
+    "MPTConfig",
+    "RopeDailConfig",
+    "RopeHFConfig",
+]
+
+
 NormType = Literal["layernorm", "low_precision_layernorm", "rmsnorm", "low_precision_rmsnorm"]
-AttentionImpl = Literal["auto", "eager", "sdpa", "torch", "triton", "flash", "flex", "blockwise"]
-
-
-def _only(value: Any, *plain: Any) -> Any:
-    """`value` if it is one of the `plain` values (True is not 1), else an error (pydantic adds the key)."""
-    if any(value == p and isinstance(value, bool) == isinstance(p, bool) for p in plain):
-        return value
-    accepted = " or ".join("null" if p is None else str(p).lower() if isinstance(p, bool) else repr(p) for p in plain)
-    raise ValueError(f"{value!r} is not supported yet; remove the key or set it to {accepted}")
-
-
-class AttentionConfig(Config):
-    """Self-attention (`model.attn_config`)."""
-
-    attn_type: Literal["multihead_attention", "grouped_query_attention", "multiquery_attention"] = "multihead_attention"
-    """Only `multihead_attention` so far."""
-    attn_pdrop: Probability = 0.0
-    """Dropout probability on the attention weights, while training."""
-    attn_impl: AttentionImpl = "auto"
-    """Kernel: `eager` (the reference), `sdpa` (torch's fused kernels), or `auto`. Old recipes' `torch` and `triton`
-    mean `sdpa` here."""
-    qk_ln: bool = False
-    """Normalise queries and keys over the full d_model, each with the model's norm type (MPT-1B does)."""
-    clip_qkv: PositiveFloat | None = None
-    """Clamp queries, keys and values to [-clip_qkv, clip_qkv], before `qk_ln` (StoryWriter uses 6)."""
-    softmax_scale: PositiveFloat | None = None
-    """Factor on q.k before the softmax; null means 1/sqrt(d_model / n_heads)."""
-    alibi: bool = False
-    """Attention with linear biases (Press et al. 2022, arXiv:2108.12409); switches learned positions off."""
-    alibi_bias_max: PositiveFloat = 8.0
-    """Head i of n = 2^ceil(log2 n_heads) has slope 2^(-alibi_bias_max * i / n). Released MPT-7B: 8; StoryWriter: 16."""
-
-    alibi_window: Literal["exact", "off"] = "exact"
-    """`exact`: keys that ALiBi puts so far away that all of them together weigh less than 2^-25 of a softmax sum are
-    skipped, which float32 cannot tell from computing them. `off`: everything is computed."""
-    attn_uses_sequence_id: bool = False
-    """Attend within documents only, as the batch's `sequence_id` tells them apart: what packed examples need. A row
-    then is the same function as its documents one by one."""
-    fused_qkv: bool = True
-    """One `Wqkv` projection for queries, keys and values. Only true so far."""
-    kv_n_heads: int | None = None
-    """Key and value heads. Only null, or n_heads, so far."""
-    kv_dim: int | None = None
-    """Width of what keys and values are computed from. Only null so far."""
-    prefix_lm: bool = False
-    """Written in released MPT configs. Only false."""
-    qk_gn: bool = False
-    """Per-head norm of queries and keys. Not supported yet: false."""
-    rope: bool = False
-    """Rotary positions. Not supported yet: false."""
-    rope_theta: float = 10000
-    """Means nothing while `rope` is false."""
-    rope_impl: str = "dail"
-    """Means nothing while `rope` is false."""
-    rope_dail_config: dict[str, Any] | None = None
-    """Means nothing while `rope` is false."""
-    rope_hf_config: dict[str, Any] | None = None
-    """Means nothing while `rope` is false."""
-    sliding_window_size: int = -1
-    """Not supported yet: -1 (off)."""
-    attn_logit_softcapping: float | None = None
-    """Not supported yet: null."""
-    attn_temperature_tuning: dict[str, Any] | None = None
-    """Not supported yet: null."""
-
-    @field_validator(
-        "attn_type",
-        "fused_qkv",
-        "kv_dim",
-        "prefix_lm",
-        "qk_gn",
-        "rope",
-        "sliding_window_size",
-        "attn_logit_softcapping",
-        "attn_temperature_tuning",
-    )
-    @classmethod
-    def _not_supported_yet(cls, value: Any, info: Any) -> Any:
-        return _only(value, cls.model_fields[info.field_name].default)
 
 
 class ActivationConfig(Config):
@@ -108,7 +46,8 @@ class FFNConfig(Config):
     """Feed-forward network (`model.ffn_config`)."""
 
     ffn_type: Literal["mptmlp", "mptglu", "te_ln_mlp", "torch_dmoe", "mb_moe", "mb_dmoe"] = "mptmlp"
-    """Only `mptmlp` (up, activation, down) so far."""
+    """`mptmlp`: down(act(up(x))). `mptglu`: down(act(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202), three
+    matrices instead of two. The others are not supported."""
     ffn_hidden_size: PositiveInt | None = None
     """Width between the projections; null means d_model * expansion_ratio."""
     ffn_act_fn: ActivationConfig = ActivationConfig()
@@ -124,12 +63,12 @@ class FFNConfig(Config):
     @field_validator("ffn_type")
     @classmethod
     def _not_supported_yet(cls, value: str) -> str:
-        return str(_only(value, "mptmlp"))
+        return str(only(value, "mptmlp", "mptglu"))
 
     @field_validator("fc_type")
     @classmethod
     def _torch_only(cls, value: Any) -> Any:
-        return _only(value, "torch", {"name": "torch"})
+        return only(value, "torch", {"name": "torch"})
 
 
 class InitConfig(Config):
@@ -201,7 +140,7 @@ class MPTConfig(Config):
     d_model: PositiveInt = 2048
     """Width of the residual stream."""
     n_heads: PositiveInt = 16
-    """Attention heads; must divide d_model."""
+    """Attention heads; must divide d_model, unless `head_dim` is given."""
     n_layers: PositiveInt = 24
     """Number of blocks."""
     expansion_ratio: PositiveFloat = 4
@@ -215,7 +154,7 @@ class MPTConfig(Config):
     emb_pdrop: Probability = 0.0
     """Dropout probability on the embeddings."""
     learned_pos_emb: bool = True
-    """Learned absolute positions; ignored (off) when `attn_config.alibi` is on."""
+    """Learned absolute positions; ignored (off) when `attn_config.alibi` or `attn_config.rope` is on."""
     attn_config: AttentionConfig = AttentionConfig()
     """Attention."""
     ffn_config: FFNConfig = FFNConfig()
@@ -244,15 +183,15 @@ class MPTConfig(Config):
     """Accepted; both mean llmtrain's chunked cross-entropy."""
 
     head_dim: PositiveInt | None = None
-    """Only null, or d_model / n_heads, so far."""
+    """Width of a head; null means d_model / n_heads."""
     use_pad_tok_in_ffn: bool = True
-    """Only true so far."""
+    """Only true."""
     fc_type: str | dict[str, Any] = "torch"
     """Linear layer implementation. Only `torch`."""
-    final_logit_softcapping: float | None = None
-    """Not supported yet: null."""
+    final_logit_softcapping: PositiveFloat | None = None
+    """Logits l become cap * tanh(l / cap), after `logit_scale` (Gemma 2, arXiv:2408.00118)."""
     block_overrides: dict[str, Any] | None = None
-    """Not supported yet: null."""
+    """Not supported: null (all blocks are alike)."""
     activation_checkpointing_target: Any = None
     """Not supported yet: null (whole blocks)."""
     verbose: int = 0
@@ -261,7 +200,28 @@ class MPTConfig(Config):
     @property
     def uses_learned_positions(self) -> bool:
         """Whether there is a `transformer.wpe`."""
-        return self.learned_pos_emb and not self.attn_config.alibi
+        return self.learned_pos_emb and not (self.attn_config.alibi or self.attn_config.rope)
+
+    @property
+    def d_head(self) -> int:
+        """Width of a head."""
+        return self.head_dim or self.d_model // self.n_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values; each serves n_heads / kv_heads query heads."""
+        one = 1 if self.attn_config.attn_type == "multiquery_attention" else self.n_heads
+        return self.attn_config.kv_n_heads or one
+
+    @property
+    def qkv_rows(self) -> tuple[int, int, int]:
+        """Rows of `Wqkv` that make queries, keys and values: heads * d_head of each."""
+        return self.n_heads * self.d_head, self.kv_heads * self.d_head, self.kv_heads * self.d_head
+
+    @property
+    def softmax_scale(self) -> float:
+        """The number that q.k is multiplied with."""
+        return self.attn_config.softmax_scale or self.d_head**-0.5
 
     @property
     def ffn_hidden_size(self) -> int:
@@ -283,17 +243,15 @@ class MPTConfig(Config):
     def _null_is_the_default(cls, value: Any, info: Any) -> Any:
         return cls.model_fields[info.field_name].default if value is None else value
 
-    @field_validator(
-        "use_pad_tok_in_ffn", "final_logit_softcapping", "block_overrides", "activation_checkpointing_target"
-    )
+    @field_validator("use_pad_tok_in_ffn", "block_overrides", "activation_checkpointing_target")
     @classmethod
-    def _not_supported_yet(cls, value: Any, info: Any) -> Any:
-        return _only(value, cls.model_fields[info.field_name].default)
+    def _not_supported(cls, value: Any, info: Any) -> Any:
+        return only(value, cls.model_fields[info.field_name].default)
 
     @field_validator("fc_type")
     @classmethod
     def _torch_only(cls, value: Any) -> Any:
-        return _only(value, "torch", {"name": "torch"})
+        return only(value, "torch", {"name": "torch"})
 
     @field_validator("logit_scale")
     @classmethod
@@ -304,17 +262,21 @@ class MPTConfig(Config):
 
     @model_validator(mode="after")
     def _shapes_fit(self) -> Self:
-        if self.d_model % self.n_heads:
+        if self.head_dim is None and self.d_model % self.n_heads:
             raise ValueError(f"d_model: {self.d_model} must be a multiple of n_heads: {self.n_heads}")
-        if self.attn_config.kv_n_heads not in (None, self.n_heads):
-            raise ValueError(
-                f"attn_config.kv_n_heads: {self.attn_config.kv_n_heads} is not supported yet; "
-                f"remove the key or set it to n_heads: {self.n_heads}"
+        if self.n_heads % self.kv_heads:
+            raise mistake(
+                f"n_heads: {self.n_heads} must be a multiple of attn_config.kv_n_heads: {self.kv_heads}",
+                "attn_config.kv_n_heads",
             )
-        if self.head_dim not in (None, self.d_model // self.n_heads):
-            raise ValueError(
-                f"head_dim: {self.head_dim} is not supported yet; remove the key (d_model / n_heads is used)"
+        if self.attn_config.attn_type == "multihead_attention" and self.kv_heads != self.n_heads:
+            raise mistake(
+                f"attn_config.kv_n_heads: {self.kv_heads} with attn_type: multihead_attention, which has n_heads: "
+                f"{self.n_heads} of them; set attn_type: grouped_query_attention",
+                "attn_config.kv_n_heads",
             )
+        if self.attn_config.rope and self.d_head % 2:
+            raise mistake(f"attn_config.rope turns pairs, but heads have a width of {self.d_head}", "attn_config.rope")
         if self.ffn_config.ffn_hidden_size is None and self.d_model * self.expansion_ratio % 1:
             raise ValueError(
                 f"expansion_ratio: {self.expansion_ratio} * d_model: {self.d_model} must be an integer; "

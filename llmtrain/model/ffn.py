@@ -38,3 +38,21 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Position by position."""
         return self.down_proj(self.act(self.up_proj(x)))  # type: ignore[no-any-return]
+
+
+class GatedFeedForward(FeedForward):
+    """down(act(gate(x)) * up(x)), x (..., d_model) -> (..., d_model) (Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(self, config: MPTConfig, device: Any = None) -> None:
+        super().__init__(config, device)
+        self.gate_proj = nn.Linear(config.d_model, config.ffn_hidden_size, bias=not config.no_bias, device=device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Position by position."""
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]
+
+
+def build_ffn(config: MPTConfig, device: Any = None) -> FeedForward:
+    """The feed-forward network of `ffn_config.ffn_type`."""
+    gated = config.ffn_config.ffn_type == "mptglu"
+    return GatedFeedForward(config, device) if gated else FeedForward(config, device)

@@ -1,4 +1,4 @@
-"""MPT: a decoder-only transformer with ALiBi (or learned positions) and, mostly, tied embeddings.
+"""MPT: a decoder-only transformer with ALiBi (or learned or rotary positions) and, mostly, tied embeddings.
 
 Parameter names are those of llm-foundry's checkpoints, of the released MPT weights and of transformers' MptForCausalLM.
 There are no buffers: positions and biases are computed in each forward.
@@ -22,6 +22,7 @@ from llmtrain.model.kernels.interface import Attention, Visibility
 from llmtrain.model.kernels.select import Choice, select
 from llmtrain.model.loss import chunked_cross_entropy, shift, soft_cap
 from llmtrain.model.norm import build_norm
+from llmtrain.model.rotary import rotation
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +83,7 @@ class Transformer(nn.Module):
         self.config = config
         d, attn = config.d_model, config.attn_config
         self.slopes = tuple(alibi.slopes(config.n_heads, attn.alibi_bias_max)) if attn.alibi else None
+        self.window = attn.sliding_window_size if attn.sliding_window_size > 0 else None
         self.choice: Choice | None = None
         self.wte = nn.Embedding(config.vocab_size, d, device=device)
         if config.uses_learned_positions:
@@ -99,72 +101,97 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """See MPT.forward; `documents` (batch, T) are numbers of packed documents, -1 at padding."""
         past = cache.length if cache is not None else 0
+        padding = None if attention_mask is None or documents is not None else attention_mask.bool()
+        # Padding on the right only: causality hides it, and it moves no positions.
+        if padding is not None and bool((padding[:, 1:] <= padding[:, :-1]).all()):
+            padding = None
         x = self.wte(input_ids)
+        positions = None
+        if self.config.uses_learned_positions or self.config.attn_config.rope:
+            positions = _positions(input_ids, padding, past, documents)
         if self.config.uses_learned_positions:
             self._check_learned_positions(past + input_ids.shape[1])
-            x = x + self.wpe(_positions(input_ids, attention_mask, past, documents))
+            x = x + self.wpe(positions)
         fraction = self.config.embedding_fraction
         if fraction != 1.0:
             x = x * fraction + x.detach() * (1.0 - fraction)
         x = self.emb_drop(x)
-        attend = self._attention(x, attention_mask, past, documents)
+        attend = self._attention(x, padding, documents, positions, cache)
         for block in self.blocks:
             x = block(x, attend, cache)
         if cache is not None:
             cache.advance(input_ids.shape[1])
         return self.norm_f(x)  # type: ignore[no-any-return]
 
-    def _attention(self, x: Tensor, attention_mask: Tensor | None, past: int, documents: Tensor | None) -> Attention:
-        """The kernel with its bias, once for all layers."""
+    def _attention(
+        self,
+        x: Tensor,
+        padding: Tensor | None,
+        documents: Tensor | None,
+        positions: Tensor | None,
+        cache: KVCache | None,
+    ) -> Attention:
+        """The kernel with its bias, and the rotation of queries and keys, once for all layers."""
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        padding = None if attention_mask is None or documents is not None else attention_mask.bool()
-        # Padding on the right only: causality hides it, and no (batch, heads, T, T) bias is needed.
-        if padding is not None and bool((padding[:, 1:] <= padding[:, :-1]).all()):
-            padding = None
+        n_keys = x.shape[1] if cache is None else cache.n_keys(x.shape[1])
         if documents is not None and causality_is_enough(documents):
             documents = None
         seen = Visibility(
             x.shape[1],
-            past + x.shape[1],
+            n_keys,
             x.device,
             dtype,
             slopes=self.slopes,
-            padding=padding,
+            padding=None if padding is None else padding[:, -n_keys:],
             documents=documents,
+            window=self._window(n_keys),
             skip_far_keys=self.config.attn_config.alibi_window == "exact",
         )
         choice = self._select(seen)
         if choice != self.choice:
             self.choice = choice
             log.info(choice.reason)
-        return Attention(choice.kernel, choice.kernel.prepare(seen))
+        turn = None
+        if positions is not None and self.config.attn_config.rope:
+            turn = rotation(self.config, positions, x.dtype)
+        return Attention(choice.kernel, choice.kernel.prepare(seen), turn)
+
+    def _window(self, n_keys: int) -> int | None:
+        """The sliding window, where there are keys outside of it."""
+        return self.window if self.window is not None and self.window < n_keys - 1 else None
 
     def expected_choice(self, device: torch.device, dtype: torch.dtype) -> Choice:
         """The kernel that training on sequences of `max_seq_len` tokens will use, q, k and v being of that dtype."""
         n = self.config.max_seq_len
         documents = torch.zeros(1, n, dtype=torch.int64) if self.config.attn_config.attn_uses_sequence_id else None
-        return self._select(Visibility(n, n, device, dtype, slopes=self.slopes, documents=documents))
+        seen = Visibility(n, n, device, dtype, slopes=self.slopes, documents=documents, window=self._window(n))
+        return self._select(seen)
 
     def _select(self, seen: Visibility) -> Choice:
         attn = self.config.attn_config
-        return select(attn.attn_impl, seen, dropout=self.training and attn.attn_pdrop > 0)
+        return select(
+            attn.attn_impl,
+            seen,
+            dropout=self.training and attn.attn_pdrop > 0,
+            softcap=attn.attn_logit_softcapping is not None,
+        )
 
     def _check_learned_positions(self, n: int) -> None:
         if n > self.config.max_seq_len:
             raise UserError(
                 f"max_seq_len: {self.config.max_seq_len} learned positions cannot take {n} tokens; "
-                "shorten the input (a model with ALiBi has no such limit)"
+                "shorten the input (a model with ALiBi or rotary positions has no such limit)"
             )
 
 
-def _positions(input_ids: Tensor, attention_mask: Tensor | None, past: int, documents: Tensor | None) -> Tensor:
-    """Positions count real tokens, in each document anew: padding on the left moves nothing."""
+def _positions(input_ids: Tensor, padding: Tensor | None, past: int, documents: Tensor | None) -> Tensor:
+    """Positions (T,) or (batch, T) count real tokens, in each document anew: padding on the left moves nothing."""
     if documents is not None:
         return positions_in(documents)
-    if attention_mask is None:
+    if padding is None:
         return torch.arange(past, past + input_ids.shape[1], device=input_ids.device)
-    return (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]
+    return (padding.cumsum(1) - 1).clamp(min=0)[:, past:]
 
 
 class MPT(nn.Module):
@@ -219,8 +246,10 @@ class MPT(nn.Module):
                 f"attention_mask has shape {tuple(attention_mask.shape)}; expected (batch, cached + new tokens) = "
                 f"({len(input_ids)}, {past + input_ids.shape[1]})"
             )
-        if cache is not None and past == 0 and attention_mask is not None and not attention_mask[:, -1].all():
-            raise ValueError("generation from padded prompts needs the padding on the left")
+        if cache is not None and past == 0 and attention_mask is not None:
+            seen = attention_mask.bool()
+            if (seen[:, 1:] < seen[:, :-1]).any():
+                raise ValueError("generation from padded prompts needs the padding on the left")
         documents = None
         if self.config.attn_config.attn_uses_sequence_id and sequence_id is not None:
             if sequence_id.shape != input_ids.shape or cache is not None:

@@ -3,7 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from llmtrain.errors import UserError
+from llmtrain.model.config import MPTConfig
 
 FREE_MODEL_KEYS = {
     # What changes neither the weights' shapes nor the function that they compute.
@@ -11,6 +14,7 @@ FREE_MODEL_KEYS = {
     ("emb_pdrop",),
     ("attn_config", "attn_pdrop"),
     ("attn_config", "attn_impl"),
+    ("attn_config", "alibi_window"),
     ("attn_config", "attn_uses_sequence_id"),  # a single document is the same function with it and without
     ("init_config",),
     ("init_device",),
@@ -59,7 +63,7 @@ def check_model(saved: dict[str, Any], now: dict[str, Any], checkpoint: Path, *,
         free.add(("vocab_size",))
     changed = {
         path: values
-        for path, values in differences(saved["model"], now["model"]).items()
+        for path, values in differences(*_with_defaults(saved["model"], now["model"])).items()
         if not any(path[: len(key)] == key for key in free)
     }
     if changed:
@@ -67,6 +71,14 @@ def check_model(saved: dict[str, Any], now: dict[str, Any], checkpoint: Path, *,
             f"the model is not the one of {checkpoint}: {_text(changed, 'model')}. "
             "Change the recipe back, or choose another run_name to start a new run."
         )
+
+
+def _with_defaults(*models: dict[str, Any]) -> list[dict[str, Any]]:
+    """MPTs' blocks with all keys, also those that did not exist yet when they were saved; others as they are."""
+    try:
+        return [MPTConfig.model_validate(model).model_dump(mode="json") for model in models]
+    except ValidationError:
+        return list(models)
 
 
 def vocabulary_grows(saved: dict[str, Any], now: dict[str, Any]) -> bool:

@@ -7,7 +7,15 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from llmtrain.model.config import ActivationConfig, AttentionConfig, FFNConfig, InitConfig, MPTConfig
+from llmtrain.model.config import (
+    ActivationConfig,
+    AttentionConfig,
+    FFNConfig,
+    InitConfig,
+    MPTConfig,
+    RopeDailConfig,
+    RopeHFConfig,
+)
 
 
 def test_needs_no_torch() -> None:
@@ -71,6 +79,21 @@ def test_a_released_config_is_accepted() -> None:
     assert config.ffn_config.ffn_act_fn == ActivationConfig()
 
 
+def rope(**options: Any) -> dict[str, Any]:
+    return {"attn_config": {"rope": True, **options}}
+
+
+def hf_rope(scaling: str, **options: Any) -> dict[str, Any]:
+    return rope(rope_impl="hf", rope_hf_config={"type": scaling, **options})
+
+
+def grouped(kv_n_heads: int | None) -> dict[str, Any]:
+    return {"attn_config": {"attn_type": "grouped_query_attention", "kv_n_heads": kv_n_heads}}
+
+
+TEMPERATURE = ("attn_config", "attn_temperature_tuning")
+
+
 @pytest.mark.parametrize(
     ("options", "place", "message"),
     [
@@ -85,14 +108,33 @@ def test_a_released_config_is_accepted() -> None:
         ({"alibi": True}, ("alibi",), "Extra inputs"),
         ({"attn_config": {"alibi_bias": 8}}, ("attn_config", "alibi_bias"), "Extra inputs"),
         ({"norm_type": "batchnorm"}, ("norm_type",), "layernorm"),
-        ({"attn_config": {"rope": True}}, ("attn_config", "rope"), "True is not supported yet.*false"),
-        ({"attn_config": {"sliding_window_size": 512}}, ("attn_config", "sliding_window_size"), "set it to -1"),
-        ({"attn_config": {"kv_n_heads": 4}}, (), "kv_n_heads: 4 is not supported yet"),
-        ({"attn_config": {"attn_type": "multiquery_attention"}}, ("attn_config", "attn_type"), "not supported yet"),
-        ({"ffn_config": {"ffn_type": "mptglu"}}, ("ffn_config", "ffn_type"), "not supported yet"),
-        ({"fc_type": "te"}, ("fc_type",), "not supported yet"),
-        ({"head_dim": 64}, (), "head_dim: 64 is not supported yet"),
-        ({"final_logit_softcapping": 30.0}, ("final_logit_softcapping",), "set it to null"),
+        ({"attn_config": {"rope": True, "alibi": True}}, ("attn_config",), "rope and alibi are both positions"),
+        ({"attn_config": {"rope": True}, "head_dim": 65}, (), "rope turns pairs, but heads have a width of 65"),
+        ({"attn_config": {"rope_impl": "flash"}}, ("attn_config", "rope_impl"), "'dail' or 'hf'"),
+        (rope(rope_dail_config={"type": "xpos"}), ("attn_config",), "xpos is not supported; set it to original"),
+        (rope(rope_dail_config={"pos_idx_in_fp32": False}), ("attn_config",), "never rounded; set it to true"),
+        (rope(rope_hf_config={"type": "linear", "factor": 2}), ("attn_config",), "linear is read with rope_impl: hf"),
+        (hf_rope("yarn"), ("attn_config", "rope_hf_config", "type"), "'no_scaling', 'linear', 'dynamic' or 'llama3'"),
+        (hf_rope("no_scaling", factor=2), ("attn_config", "rope_hf_config"), "factor: 2 means nothing with"),
+        (hf_rope("linear", factor=0.5), ("attn_config", "rope_hf_config", "factor"), "greater than or equal to 1"),
+        (hf_rope("llama3", factor=8), ("attn_config", "rope_hf_config"), "low_freq_factor is required with type: lla"),
+        (hf_rope("linear", low_freq_factor=1), ("attn_config", "rope_hf_config"), "means nothing with type: linear"),
+        ({"attn_config": {"nope": True}}, ("attn_config", "nope"), "True is not supported; .*set it to false"),
+        ({"attn_config": {"sliding_window_size": 0}}, ("attn_config", "sliding_window_size"), "or -1 for all"),
+        ({"attn_config": {"attn_logit_softcapping": 0}}, ("attn_config", "attn_logit_softcapping"), "greater than 0"),
+        ({"attn_config": {"attn_temperature_tuning": {"attn_scale": 0.1}}}, TEMPERATURE, "attn_scale: 0.1 is not sup"),
+        ({"attn_config": {"qk_ln": True, "qk_gn": True}}, ("attn_config",), "set one of them to false"),
+        ({"attn_config": {"kv_n_heads": 4}}, (), "n_heads: 16 of them; set attn_type: grouped_query_attention"),
+        (grouped(3), (), "n_heads: 16 must be a multiple of attn_config.kv_n_heads: 3"),
+        (grouped(32), (), "n_heads: 16 must be a multiple of attn_config.kv_n_heads: 32"),
+        (grouped(None), ("attn_config",), "grouped_query_attention needs kv_n_heads"),
+        ({"attn_config": {"attn_type": "multiquery_attention", "kv_n_heads": 2}}, ("attn_config",), "which has one"),
+        ({"ffn_config": {"ffn_type": "mb_dmoe"}}, ("ffn_config", "ffn_type"), "not supported; .*'mptmlp' or 'mptglu'"),
+        ({"ffn_config": {"ffn_type": "te_ln_mlp"}}, ("ffn_config", "ffn_type"), "not supported"),
+        ({"fc_type": "te"}, ("fc_type",), "not supported"),
+        ({"block_overrides": {"order": []}}, ("block_overrides",), "set it to null"),
+        ({"head_dim": 0}, ("head_dim",), "greater than 0"),
+        ({"final_logit_softcapping": 0}, ("final_logit_softcapping",), "greater than 0"),
         ({"init_config": {"name": "baseline_"}}, ("init_config",), "init_std is required"),
         ({"init_config": {"name": "xavier_uniform_"}}, ("init_config",), "init_gain must be above 0"),
         ({"init_config": {"init_div_is_residual": -1}}, ("init_config", "init_div_is_residual"), "above 0"),
@@ -108,7 +150,7 @@ def test_refuses(options: dict[str, Any], place: tuple[str, ...], message: str) 
 
 def test_all_mistakes_at_once() -> None:
     with pytest.raises(ValidationError) as caught:
-        MPTConfig(emb_pdrop=3, attn_config={"rope": True, "attn_impl": "flexible"}, typo=1)
+        MPTConfig(emb_pdrop=3, attn_config={"nope": True, "attn_impl": "flexible"}, typo=1)
     assert len(caught.value.errors()) == 4
 
 
@@ -119,6 +161,37 @@ def test_numbers_and_switches_stay_apart(given: Any, meant: Any) -> None:
     assert type(value) is type(meant)
 
 
-@pytest.mark.parametrize("config", [MPTConfig, AttentionConfig, FFNConfig, InitConfig, ActivationConfig])
+def test_heads() -> None:
+    assert MPTConfig().qkv_rows == (2048, 2048, 2048)
+    assert MPTConfig(**grouped(4)).qkv_rows == (2048, 512, 512)
+    assert MPTConfig(attn_config={"attn_type": "multiquery_attention"}, head_dim=72).qkv_rows == (1152, 72, 72)
+    assert MPTConfig(**grouped(16)).kv_heads == 16
+    assert MPTConfig(d_model=100, head_dim=9).softmax_scale == pytest.approx(1 / 3)
+
+
+def test_what_llm_foundry_writes_is_accepted() -> None:
+    """All keys that its MPTConfig fills in for an attention block, at their defaults."""
+    attn = {
+        "attn_type": "multihead_attention",
+        "qk_gn": False,
+        "attn_logit_softcapping": None,
+        "rope": False,
+        "nope": False,
+        "rope_theta": 10000,
+        "rope_impl": "dail",
+        "rope_dail_config": {"type": "original", "pos_idx_in_fp32": True, "xpos_scale_base": 512},
+        "rope_hf_config": {"type": "no_scaling", "factor": 1.0},
+        "attn_temperature_tuning": {"floor_scale": 8192, "attn_scale": 0.0},
+        "kv_dim": None,
+    }
+    config = MPTConfig(attn_config=attn)
+    assert config.uses_learned_positions
+    assert not MPTConfig(attn_config={**attn, "rope": True}).uses_learned_positions
+
+
+CONFIGS = [MPTConfig, AttentionConfig, RopeDailConfig, RopeHFConfig, FFNConfig, InitConfig, ActivationConfig]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
 def test_every_field_is_documented(config: type[Any]) -> None:
     assert [name for name, field in config.model_fields.items() if not field.description] == []

@@ -12,6 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from llmtrain.model.rotary import Rotation
+
 
 @dataclass(frozen=True, eq=False)
 class Visibility:
@@ -74,15 +76,16 @@ class Kernel:
 
 
 class Attention:
-    """A kernel with what it prepared for this forward: what the blocks receive.
+    """A kernel with what it prepared for this forward, and the rotation of queries and keys: what the blocks receive.
 
     Deliberately a plain class, no tuple, dict or dataclass: FSDP2's mixed precision looks into those among a block's
     arguments, casts every float tensor it finds, and would round the ALiBi bias to bfloat16.
     """
 
-    def __init__(self, kernel: Kernel, prepared: Any) -> None:
+    def __init__(self, kernel: Kernel, prepared: Any, rotation: Rotation | None = None) -> None:
         self.kernel = kernel
         self.prepared = prepared
+        self.rotation = rotation
 
     def __call__(
         self,
