@@ -18,6 +18,7 @@ from llmtrain.model.attention_config import (
     RopeHFConfig,
     only,
 )
+from llmtrain.model.checkpointing_target import Part, Target, parts_of
 
 __all__ = [
     "ActivationConfig",
@@ -192,8 +193,11 @@ class MPTConfig(Config):
     """Logits l become cap * tanh(l / cap), after `logit_scale` (Gemma 2, arXiv:2408.00118)."""
     block_overrides: dict[str, Any] | None = None
     """Not supported: null (all blocks are alike)."""
-    activation_checkpointing_target: Any = None
-    """Not supported yet: null (whole blocks)."""
+    activation_checkpointing_target: Target | None = None
+    """What `fsdp_config.activation_checkpointing` recomputes; null is whole blocks, all of them. A name, a list of
+    names, or `{name: blocks}`: names are `mptblock` and those of this model's attention, feed-forward network and norm
+    (`grouped_query_attention`, `mptmlp`, `layernorm`, ...); blocks are a number n (the first n), a list of numbers,
+    `first-n`, `middle-m`, `last-k`, `range-i-j` ([i, j)), or several of these with commas or as a list."""
     verbose: int = 0
     """Accepted for old recipes; means nothing."""
 
@@ -243,7 +247,7 @@ class MPTConfig(Config):
     def _null_is_the_default(cls, value: Any, info: Any) -> Any:
         return cls.model_fields[info.field_name].default if value is None else value
 
-    @field_validator("use_pad_tok_in_ffn", "block_overrides", "activation_checkpointing_target")
+    @field_validator("use_pad_tok_in_ffn", "block_overrides")
     @classmethod
     def _not_supported(cls, value: Any, info: Any) -> Any:
         return only(value, cls.model_fields[info.field_name].default)
@@ -252,6 +256,24 @@ class MPTConfig(Config):
     @classmethod
     def _torch_only(cls, value: Any) -> Any:
         return only(value, "torch", {"name": "torch"})
+
+    def checkpointing_parts(self) -> dict[Part, frozenset[int]]:
+        """What `activation_checkpointing_target` says: part of a block -> numbers of the blocks."""
+        return parts_of(
+            self.activation_checkpointing_target,
+            self.n_layers,
+            attn_type=self.attn_config.attn_type,
+            ffn_type=self.ffn_config.ffn_type,
+            norm_type=self.norm_type,
+        )
+
+    @model_validator(mode="after")
+    def _target_is_there(self) -> Self:
+        try:
+            self.checkpointing_parts()
+        except ValueError as problem:
+            raise mistake(str(problem), "activation_checkpointing_target") from problem
+        return self
 
     @field_validator("logit_scale")
     @classmethod

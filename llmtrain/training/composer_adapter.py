@@ -113,8 +113,6 @@ def parallelism(plan: ShardingPlan) -> dict[str, Any] | None:
         "fsdp": Sharding(
             replicate_degree=plan.replicate_degree,
             reshard_after_forward=plan.reshard_after_forward,
-            activation_checkpointing=plan.activation_checkpointing,
-            activation_cpu_offload=plan.activation_cpu_offload,
             state_dict_type=plan.state_dict_type,
             load_monolith_rank0_only=plan.load_monolith_rank0_only,
             mixed_precision=plan.mixed_precision,

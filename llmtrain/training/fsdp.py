@@ -80,10 +80,14 @@ class FSDPConfig(Config):
     mixed_precision: MixedPrecision | PrecisionByUse = "DEFAULT"
     """`DEFAULT`: parameters in `precision`'s dtype, gradients reduced in fp32; `PURE`: both in that dtype; `FULL`: both
     in fp32, only autocast acts. Or a block of `param_dtype`, `reduce_dtype`, `buffer_dtype`."""
-    activation_checkpointing: bool = False
-    """Recompute the activations of each block in the backward pass instead of keeping them."""
+    activation_checkpointing: bool | Literal["selective"] = False
+    """Recompute activations in the backward pass instead of keeping them: of each block, or of what
+    `model.activation_checkpointing_target` names. `selective` keeps what attention gives and recomputes the rest
+    (projections, norms, activations): d_model more numbers a token and block, and no second attention. With any
+    `sharding_strategy`, in a single process as well."""
     activation_cpu_offload: bool = False
-    """Keep the activations of blocks in host memory between forward and backward."""
+    """Keep the activations of blocks (with `activation_checkpointing` what that still keeps) in host memory between
+    forward and backward."""
     state_dict_type: Literal["full", "sharded"] = "sharded"
     """Checkpoints: a folder with one file per rank (`sharded`), or one file written by rank 0 (`full`)."""
     load_monolith_rank0_only: bool = False
@@ -180,6 +184,13 @@ class FSDPConfig(Config):
             preset = preset.as_preset() or "DEFAULT"
         return preset
 
+    @property
+    def checkpointing(self) -> Literal["none", "full", "selective"]:
+        """`activation_checkpointing` in one word."""
+        if isinstance(self.activation_checkpointing, str):
+            return self.activation_checkpointing
+        return "full" if self.activation_checkpointing else "none"
+
     def notes(self) -> tuple[str, ...]:
         """One line for every key that asks for something that does not exist under FSDP2."""
         fields = type(self).model_fields
@@ -231,8 +242,8 @@ class ShardingPlan:
         replicate_degree: Copies of the sharded parameters; 1 unless `hsdp` or `ddp`.
         shard_degree: Ranks that share one copy; `replicate_degree * shard_degree` is the number of ranks.
         mixed_precision: Composer's preset.
-        activation_checkpointing: Recompute blocks in the backward pass.
-        activation_cpu_offload: Keep block activations in host memory.
+        checkpointing: What is recomputed in the backward pass (`llmtrain.training.activation_checkpointing`).
+        offload_activations: Keep activations in host memory.
         state_dict_type: How checkpoints are written.
         load_monolith_rank0_only: Rank 0 reads a full checkpoint and sends the parts.
         verbose: Log how the model was sharded.
@@ -244,8 +255,8 @@ class ShardingPlan:
     replicate_degree: int = 1
     shard_degree: int = 1
     mixed_precision: MixedPrecision = "DEFAULT"
-    activation_checkpointing: bool = False
-    activation_cpu_offload: bool = False
+    checkpointing: Literal["none", "full", "selective"] = "none"
+    offload_activations: bool = False
     state_dict_type: Literal["full", "sharded"] = "full"
     load_monolith_rank0_only: bool = False
     verbose: bool = False
@@ -272,21 +283,20 @@ def translate(
         UserError: The degrees do not fit the number of ranks.
     """
     notes = cfg.notes() if cfg is not None else ()
+    if cfg is not None and device_type == "cpu" and cfg.activation_cpu_offload:
+        notes += ("fsdp_config.activation_cpu_offload has no effect on CPU, where activations are in host memory.",)
     if cfg is not None and device_type == "cpu" and cfg.precision_preset == "PURE":
         notes += ("fsdp_config.mixed_precision: PURE has no effect on CPU, where training is in fp32.",)
     if cfg is None or cfg.sharding_strategy == "NO_SHARD":
-        if cfg is not None and (cfg.activation_checkpointing or cfg.activation_cpu_offload):
-            notes += _unsharded_checkpointing(cfg)
         return ShardingPlan(
             strategy="single" if world_size == 1 else "ddp",
             reshard_after_forward=False,
             replicate_degree=world_size,
-            activation_checkpointing=cfg is not None and cfg.activation_checkpointing,
-            activation_cpu_offload=cfg is not None and cfg.activation_cpu_offload,
+            checkpointing=cfg.checkpointing if cfg is not None else "none",
+            offload_activations=cfg is not None and cfg.activation_cpu_offload,
             notes=notes,
         )
-    # A single process is sharded over itself: its checkpoints continue on any number of ranks, and the other way round,
-    # and activation checkpointing works, which Composer applies to sharded models only.
+    # A single process is sharded over itself: its checkpoints continue on any number of ranks, and the other way round.
     replicate, shard = _degrees(cfg, world_size, local_world_size) if world_size > 1 else (1, 1)
     if replicate == world_size > 1:
         raise UserError(
@@ -307,19 +317,12 @@ def translate(
         replicate_degree=replicate,
         shard_degree=shard,
         mixed_precision=cfg.precision_preset,
-        activation_checkpointing=cfg.activation_checkpointing,
-        activation_cpu_offload=cfg.activation_cpu_offload,
+        checkpointing=cfg.checkpointing,
+        offload_activations=cfg.activation_cpu_offload,
         state_dict_type=cfg.state_dict_type,
         load_monolith_rank0_only=cfg.load_monolith_rank0_only,
         verbose=cfg.verbose,
         notes=notes,
-    )
-
-
-def _unsharded_checkpointing(cfg: FSDPConfig) -> tuple[str, ...]:
-    key = "activation_checkpointing" if cfg.activation_checkpointing else "activation_cpu_offload"
-    return (
-        f"fsdp_config.{key}: not applied: NO_SHARD shards nothing, and Composer applies it to sharded models only.",
     )
 
 

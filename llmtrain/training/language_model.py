@@ -75,19 +75,13 @@ class LanguageModel(ComposerModel):  # type: ignore[misc]
         if not self.should_save_peft_only:
             return super().load_state_dict(state_dict, strict=strict, assign=assign)
         result = super().load_state_dict(state_dict, strict=False, assign=assign)
-        # Torch names a missing parameter with its wrappers, which state dicts leave out.
-        missing = sorted({_unwrapped(name) for name in result.missing_keys} - self._frozen())
+        missing = sorted(set(result.missing_keys) - self._frozen())
         if strict and (missing or result.unexpected_keys):
             raise RuntimeError(f"missing keys {missing[:5]}, unexpected keys {result.unexpected_keys[:5]}")
         return result
 
     def _frozen(self) -> set[str]:
-        names = (name for name, parameter in self.named_parameters() if not parameter.requires_grad)
-        return {_unwrapped(name) for name in names}
-
-
-def _unwrapped(name: str) -> str:
-    return name.replace("_checkpoint_wrapped_module.", "")
+        return {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
 
 
 def trainable_parameters(model: nn.Module) -> int:

@@ -56,7 +56,7 @@ def norms(model: torch.nn.Module, optimizer: Optimizer, *, layers: bool) -> dict
         for kind, tensor in measured.items():
             local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
             shards.setdefault(_shard_groups(tensor), []).append(len(names))
-            names.append(f"l2_norm/{kind}/{name.replace('_checkpoint_wrapped_module.', '')}")
+            names.append(f"l2_norm/{kind}/{name}")
             squares.append(local.float().square().sum(dtype=torch.float32))
     if not squares:
         return {}

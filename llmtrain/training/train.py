@@ -17,7 +17,7 @@ from llmtrain.model.mpt import MPT
 from llmtrain.recipe.batch import batch_plan
 from llmtrain.recipe.recipe import Recipe
 from llmtrain.tokenizer import fingerprint_of
-from llmtrain.training import composer_adapter, environment, resume
+from llmtrain.training import activation_checkpointing, composer_adapter, environment, resume
 from llmtrain.training.agreement import from_all_ranks, from_rank_zero
 from llmtrain.training.algorithms import build_algorithms
 from llmtrain.training.callbacks import build_callbacks
@@ -88,6 +88,7 @@ def assemble(recipe: Recipe, start: resume.StartingPoint, device: torch.device) 
     loaders.show(train_data, run.path)
     model = build_model(recipe, sharding, start.weights, n_tokens=len(tokenizer))
     optimizer = build_optimizer(recipe.optimizer, model)
+    activation_checkpointing.apply(model.model, sharding.checkpointing, offload=sharding.offload_activations)
 
     saver = build_saver(recipe, fingerprint_of(tokenizer), model, start)
     preemption = Preemption(saver)

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
 pytest.importorskip("peft")
 
@@ -18,6 +17,7 @@ from llmtrain.hf_model.build import build
 from llmtrain.hf_model.config import HFConfig
 from llmtrain.hf_model.model import HFCausalLM
 from llmtrain.hf_model.source import open_hf
+from llmtrain.training.activation_checkpointing import apply
 from llmtrain.training.language_model import LanguageModel
 from tests.hf_model.conftest import ROWS, save_model
 
@@ -122,8 +122,11 @@ def test_checkpoints_hold_what_is_trained_and_a_hash_of_the_rest(model_folder: F
 def test_adapters_are_loaded_into_checkpointed_blocks(model_folder: Folder) -> None:
     cfg = config(model_folder("llama"), {"r": 4})
     model = LanguageModel(build(cfg), cfg)
-    apply_activation_checkpointing(model, check_fn=model.model.activation_checkpointing_fn)
+    names = list(model.state_dict())
+    assert isinstance(model.model, HFCausalLM)
+    assert apply(model.model, "full") == 2
     state = model.state_dict()
+    assert list(state) == names
     model.load_state_dict(state)
     lost = next(name for name in state if "lora_A" in name)
     with pytest.raises(RuntimeError, match="missing keys"):

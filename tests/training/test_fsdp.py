@@ -62,9 +62,18 @@ def test_hybrid_on_one_node_shards_and_says_so() -> None:
 def test_a_single_process_is_sharded_over_itself_so_that_its_checkpoints_continue_anywhere() -> None:
     found = translate(FSDPConfig(activation_checkpointing=True), world_size=1, local_world_size=1, device_type="cuda")
     assert (found.strategy, found.shard_degree, found.state_dict_type) == ("fsdp", 1, "sharded")
-    assert found.activation_checkpointing
+    assert found.checkpointing == "full"
     hybrid = FSDPConfig(sharding_strategy="HYBRID_SHARD", data_parallel_replicate_degree=2)
     assert translate(hybrid, world_size=1, local_world_size=1).strategy == "fsdp"
+
+
+def test_activations_are_recomputed_or_offloaded_without_sharding_as_well() -> None:
+    found = plan({"sharding_strategy": "NO_SHARD", "activation_checkpointing": "selective"})
+    assert (found.checkpointing, found.offload_activations, found.notes) == ("selective", False, ())
+    assert plan({"sharding_strategy": "NO_SHARD", "activation_cpu_offload": True}).offload_activations
+    assert plan(None).checkpointing == plan({}).checkpointing == "none"
+    (note,) = plan({"activation_cpu_offload": True}, device_type="cpu").notes
+    assert "no effect on CPU" in note
 
 
 @pytest.mark.parametrize(
