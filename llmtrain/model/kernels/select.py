@@ -27,6 +27,12 @@ def select(attn_impl: str, seen: Visibility, *, dropout: bool = False, softcap: 
     Raises:
         UserError: that kernel does not exist, is not installed, or cannot compute what is asked for.
     """
+    if softcap and attn_impl == "auto":
+        return Choice(EAGER, "attn_impl auto -> eager: torch's fused attention has no soft-capping")
+    if softcap and attn_impl in ("sdpa", "torch", "triton"):
+        raise UserError(
+            f"attn_config.attn_impl: {attn_impl} has no soft-capping (attn_logit_softcapping); set it to auto"
+        )
     match attn_impl:
         case "auto":
             device = seen.device.type
