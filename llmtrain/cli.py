@@ -91,6 +91,42 @@ def export(
     print(run(source, target, dtype=dtype, recipe=recipe, overwrite=overwrite, adapter_only=adapter_only))
 
 
+@app.command("eval")
+def evaluate(
+    source: Annotated[Path, typer.Argument(help="A run, a checkpoint, an export, or a training recipe.")],
+    overrides: Overrides = None,
+    data: Annotated[
+        list[Path] | None, typer.Option(help="Shards to evaluate on, instead of the recipe's; several times.")
+    ] = None,
+    max_seq_len: Annotated[
+        list[int] | None, typer.Option(help="Tokens in a window; several times for several lengths.")
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Tokens of text; all of it when left out.")] = None,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens of a forward; decides on memory.")] = 16_384,
+    output: Annotated[
+        Path | None, typer.Option(help="Path of the results, without suffix; RUN/eval/CHECKPOINT.")
+    ] = None,
+    recipe: Annotated[Path | None, typer.Option(help="The recipe, for a checkpoint that does not hold one.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; the GPU when there is one.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; bfloat16 on a GPU.")] = None,
+) -> None:
+    """Loss and perplexity on shards, at one or several lengths, and the loss by position."""
+    from llmtrain.evaluation.command import eval_command
+
+    eval_command(
+        source,
+        overrides or [],
+        data=data or [],
+        lengths=max_seq_len or [],
+        max_tokens=max_tokens,
+        batch_tokens=batch_tokens,
+        output=output,
+        recipe=recipe,
+        device=device,
+        dtype=dtype,
+    )
+
+
 @app.command()
 def generate(
     source: Annotated[Path, typer.Argument(help="An export, a run, or a checkpoint.")],

@@ -103,6 +103,7 @@ def _make(recipe: PrepRecipe, folder: Path, console: Console) -> tuple[dict[str,
         "eos_token_id": encoder.eos,
         "bos_token_id": encoder.bos,
         "max_seq_len": recipe.max_seq_len,
+        "cut": recipe.cut,
     }
     writers: dict[str, SplitWriter] = {}
     with progress(console, "tokenizing", _bytes_to_read(recipe)) as advance:

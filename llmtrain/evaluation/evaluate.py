@@ -1,0 +1,123 @@
+"""Losses of a model on text, at one length of the window."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llmtrain.data.batch import IGNORE
+from llmtrain.errors import UserError
+from llmtrain.evaluation.by_position import LossByPosition
+from llmtrain.evaluation.tokens import Tokens
+from llmtrain.evaluation.windows import Window, at_most, windows
+from llmtrain.hf_model.model import HFCausalLM
+from llmtrain.model.mpt import MPT
+
+TOKENS_IN_A_BATCH = 16_384
+"""Of one forward, when nothing else is said; a longer window is a batch of its own."""
+
+
+@torch.no_grad()
+def evaluate(
+    model: MPT | HFCausalLM,
+    tokens: Tokens,
+    length: int,
+    *,
+    max_tokens: int | None = None,
+    batch_tokens: int = TOKENS_IN_A_BATCH,
+    advance: Callable[[int], None] = lambda n: None,
+) -> LossByPosition:
+    """Loss at each position of windows of `length` tokens. Each token but the first of a piece is predicted once.
+
+    Args:
+        model: in evaluation mode.
+        tokens: the text.
+        length: tokens in a window.
+        max_tokens: of the text, from its beginning.
+        batch_tokens: of a forward; decides on memory and, but for rounding, on nothing else.
+        advance: called with the number of targets that are done.
+
+    Raises:
+        UserError: the model cannot take so many tokens, or no piece has so many.
+    """
+    check_length(model, length)
+    pieces = at_most(tokens.pieces, max_tokens)
+    if max(pieces, default=0) < length:
+        raise UserError(
+            f"max_seq_len {length:,}: the longest text to evaluate on has {max(pieces, default=0):,} tokens. "
+            "Give longer text (--data), more of it (--max-tokens), or a smaller --max-seq-len"
+        )
+    device = next(model.parameters()).device
+    losses = LossByPosition(device)
+    for batch in _batches(windows(pieces, length), batch_tokens):
+        input_ids, labels = _stack([tokens.read(*window) for window in batch], device)
+        output = model(input_ids=input_ids, labels=labels, token_losses=True)
+        losses.add(output.token_losses, labels)
+        advance(sum(window.length - 1 for window in batch))
+    return losses
+
+
+def n_targets(pieces: Sequence[int]) -> int:
+    """Tokens that are predicted, whatever the length of the window."""
+    return sum(size - 1 for size in pieces)
+
+
+def check_length(model: MPT | HFCausalLM, length: int) -> None:
+    """Refuse windows that a model cannot read.
+
+    Raises:
+        UserError: it has learned positions, and fewer.
+    """
+    if length < 2:
+        raise UserError(f"max_seq_len {length}: a window needs at least 2 tokens, one to read and one to predict")
+    if isinstance(model, MPT):
+        limit = model.config.max_seq_len if model.config.uses_learned_positions else None
+    else:
+        limit = None if positions_are_computed(model) else getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and length > limit:
+        raise UserError(
+            f"max_seq_len {length:,}: the model has {limit:,} learned positions and none beyond them. Evaluate it at "
+            f"up to {limit:,} tokens; a model with ALiBi has no such limit"
+        )
+
+
+def note_on_length(model: MPT | HFCausalLM, length: int) -> str | None:
+    """What is worth knowing about a length that is beyond the training length; None when nothing is."""
+    trained = getattr(model.config, "max_seq_len", None) or getattr(model.config, "max_position_embeddings", None)
+    if trained is None or length <= trained:
+        return None
+    if isinstance(model, MPT) and model.config.attn_config.alibi:
+        return f"{length:,} tokens: beyond the {trained:,} of training; ALiBi extrapolates."
+    return (
+        f"{length:,} tokens: beyond the {trained:,} of training. Rotary positions were not trained there; expect a "
+        "loss that rises behind them."
+    )
+
+
+def positions_are_computed(model: HFCausalLM) -> bool:
+    """Whether a model of transformers computes its positions (rotary, ALiBi), or looks them up in a table."""
+    names = ("rope_theta", "rope_parameters", "rope_scaling", "rotary_dim", "rotary_pct", "alibi")
+    return any(getattr(model.config, name, None) is not None for name in names)
+
+
+def _batches(cut: Sequence[Window], batch_tokens: int) -> Iterator[list[Window]]:
+    """Windows of like length together, the longest first; a batch has at most `batch_tokens` tokens, or one window."""
+    batch: list[Window] = []
+    for window in sorted(cut, key=lambda window: -window.length):
+        if batch and (len(batch) + 1) * batch[0].length > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(window)
+    if batch:
+        yield batch
+
+
+def _stack(rows: Sequence[np.ndarray], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids and labels, (batch, T), padded on the right with what is no target."""
+    longest = max(len(row) for row in rows)
+    input_ids = torch.zeros(len(rows), longest, dtype=torch.int64)
+    labels = torch.full_like(input_ids, IGNORE)
+    for i, row in enumerate(rows):
+        input_ids[i, : len(row)] = labels[i, : len(row)] = torch.from_numpy(row)
+    return input_ids.to(device), labels.to(device)
