@@ -203,6 +203,13 @@ class GenerateConfig(Config):
         return value
 
 
+class LossByPositionConfig(Config):
+    """Loss as a function of position, in each evaluation: `loss_by_position.png` and `.json`, and the loggers."""
+
+    curves: PositiveInt = 4
+    """Evaluations in the picture: the first one and the latest. The JSON file has all of them."""
+
+
 class CallbacksConfig(NamedBlocks):
     """Callbacks by name."""
 
@@ -240,6 +247,8 @@ class CallbacksConfig(NamedBlocks):
     """Garbage collection in step."""
     generate_callback: GenerateConfig | None = None
     """Samples from fixed prompts."""
+    loss_by_position: LossByPositionConfig | None = None
+    """Loss by position in the window."""
 
 
 def callback_classes() -> "dict[str, type[Callback]]":
@@ -247,6 +256,7 @@ def callback_classes() -> "dict[str, type[Callback]]":
     from composer import callbacks
 
     from llmtrain.training.generate_callback import GenerateCallback
+    from llmtrain.training.loss_by_position import LossByPositionCallback
     from llmtrain.training.optimizer_monitor import OptimizerMonitor
     from llmtrain.training.scheduled_gc import ScheduledGC
 
@@ -263,6 +273,7 @@ def callback_classes() -> "dict[str, type[Callback]]":
         "oom_observer": callbacks.OOMObserver,
         "scheduled_gc": ScheduledGC,
         "generate_callback": GenerateCallback,
+        "loss_by_position": LossByPositionCallback,
     }
 
 
@@ -297,4 +308,6 @@ def build_callbacks(
             raise UserError(f"callbacks.{name} needs {missing}. Install it, or remove the callback.") from error
         if name == "generate_callback" and tokenizer is not None and folder is not None:
             built[-1].attach(tokenizer, folder, conversations)
+        elif name == "loss_by_position" and folder is not None:
+            built[-1].attach(folder)
     return built

@@ -25,6 +25,7 @@ class LanguageModel(ComposerModel):  # type: ignore[misc]
     Attributes:
         should_save_peft_only: leave frozen weights out of the state dict. (The name is Composer's: it switches this off
             while rank 0 sends all weights to the other ranks.)
+        gives_token_losses: in evaluation, outputs have the loss of each token, too.
     """
 
     def __init__(self, model: MPT | HFCausalLM, config: MPTConfig | HFConfig) -> None:
@@ -32,11 +33,13 @@ class LanguageModel(ComposerModel):  # type: ignore[misc]
         self.model = model
         self.config = config
         self.should_save_peft_only = isinstance(config, HFConfig) and config.saves_adapters_only
+        self.gives_token_losses = False
 
     def forward(self, batch: Batch) -> MPTOutput:
         """A batch of `input_ids`, `labels` (B, T) and optional masks becomes the loss and its sums."""
         inputs = {k: batch[k] for k in ("input_ids", "labels", "attention_mask", "sequence_id") if k in batch}
-        output: MPTOutput = self.model(**inputs)
+        with_losses = {"token_losses": True} if self.gives_token_losses and not self.training else {}
+        output: MPTOutput = self.model(**inputs, **with_losses)
         return output
 
     def loss(self, outputs: MPTOutput, batch: Batch) -> Tensor:
