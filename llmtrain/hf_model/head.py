@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from llmtrain.model.loss import IGNORED, rows_in_a_chunk, shift
+from llmtrain.model.loss import IGNORED, rows_in_a_chunk
 from llmtrain.model.mpt import MPTOutput, logits_or_loss
 
 
@@ -21,10 +21,10 @@ class Head(nn.Linear):
     """A plain head without bias; a module of its own, so that FSDP gathers its weight when it is called."""
 
     def forward(  # type: ignore[override]
-        self, hidden: Tensor, labels: Tensor | None = None, *, token_losses: bool = False
+        self, hidden: Tensor, targets: Tensor | None = None, *, token_losses: bool = False
     ) -> MPTOutput:
         """Logits or loss of (batch, T, hidden_size) hidden states."""
-        return logits_or_loss(hidden, self.weight, labels, count_correct=not self.training, token_losses=token_losses)
+        return logits_or_loss(hidden, self.weight, targets, count_correct=not self.training, token_losses=token_losses)
 
 
 def logit_scale(config: Any) -> float:
@@ -52,7 +52,7 @@ def logit_cap(config: Any) -> float | None:
 def general_output(
     hidden: Tensor,
     logits_of: Callable[[Tensor], Tensor],
-    labels: Tensor | None,
+    targets: Tensor | None,
     vocab_size: int,
     *,
     count: bool,
@@ -63,14 +63,14 @@ def general_output(
     Args:
         hidden: (batch, T, hidden_size).
         logits_of: the head.
-        labels: (batch, T), not shifted, or None for the logits.
+        targets: (batch, T), -100 where ignored, or None for the logits.
         vocab_size: decides how many rows are a chunk.
         count: also count the targets that have the largest logit.
         token_losses: also give the loss of each target.
     """
-    if labels is None:
+    if targets is None:
         return MPTOutput(logits=logits_of(hidden))
-    targets = shift(labels).flatten()
+    shape, targets = targets.shape, targets.flatten()
     rows = hidden.flatten(0, -2)
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     size = rows_in_a_chunk(len(targets), vocab_size, rows.shape[-1])
@@ -92,6 +92,6 @@ def general_output(
         correct = correct + found
         losses.append(each)
     n_targets = (targets != IGNORED).sum()
-    by_token = torch.cat(losses).view(labels.shape) if token_losses else None
+    by_token = torch.cat(losses).view(shape) if token_losses else None
     mean = loss_sum / n_targets.clamp(min=1)
     return MPTOutput(None, mean, loss_sum, n_targets, correct if count else None, by_token)

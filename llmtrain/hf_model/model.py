@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from llmtrain.errors import UserError
 from llmtrain.hf_model import documents, head
+from llmtrain.model.loss import shift
 from llmtrain.model.mpt import MPTOutput, logits_or_loss
 
 FROZEN_IDENTITY = "frozen_weights_hash"
@@ -111,16 +112,16 @@ class HFCausalLM(nn.Module):
         return self._output(hidden[:, -1:] if last_logits else hidden, labels, token_losses)
 
     def _output(self, hidden: Tensor, labels: Tensor | None, token_losses: bool) -> MPTOutput:
-        count = not self.training
+        count, targets = not self.training, None if labels is None else shift(labels)
         if not self.plain:
             rows = int(self.hf.get_input_embeddings().weight.shape[0])
-            return head.general_output(hidden, self._logits, labels, rows, count=count, token_losses=token_losses)
+            return head.general_output(hidden, self._logits, targets, rows, count=count, token_losses=token_losses)
         if self.scale != 1.0:
             hidden = hidden * self.scale  # scales the logits, and hidden_size numbers a token instead of vocab_size
         if self.tied:
             weight = self.hf.get_input_embeddings().weight
-            return logits_or_loss(hidden, weight, labels, count_correct=count, token_losses=token_losses)
-        return self.hf.get_output_embeddings()(hidden, labels, token_losses=token_losses)  # type: ignore[no-any-return]
+            return logits_or_loss(hidden, weight, targets, count_correct=count, token_losses=token_losses)
+        return self.hf.get_output_embeddings()(hidden, targets, token_losses=token_losses)  # type: ignore[no-any-return]
 
     def _logits(self, hidden: Tensor) -> Tensor:
         if self.tied:

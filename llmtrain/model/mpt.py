@@ -16,13 +16,14 @@ from llmtrain.model import alibi
 from llmtrain.model.block import Block
 from llmtrain.model.cache import KVCache
 from llmtrain.model.config import MPTConfig
-from llmtrain.model.documents import causality_is_enough, documents_of, positions_in
+from llmtrain.model.documents import PADDING, causality_is_enough, documents_of, positions_in
 from llmtrain.model.init import init_module
 from llmtrain.model.kernels.interface import Attention, Visibility
 from llmtrain.model.kernels.select import Choice, select
-from llmtrain.model.loss import chunked_cross_entropy, shift, soft_cap
+from llmtrain.model.loss import IGNORED, chunked_cross_entropy, shift, soft_cap
 from llmtrain.model.norm import build_norm
-from llmtrain.model.rotary import rotation
+from llmtrain.model.rotary import Rotation, rotation
+from llmtrain.model.sequence_parallel import ParallelAttention, SequenceParallel
 
 log = logging.getLogger(__name__)
 
@@ -41,36 +42,37 @@ class MPTOutput(NamedTuple):
     n_correct: Tensor | None = None
     """Number of targets that have the largest logit, int64; in evaluation mode only."""
     token_losses: Tensor | None = None
-    """(batch, T), when asked for: at t the loss of predicting token t + 1, 0 where ignored; not differentiable."""
+    """(batch, T), when asked for: at t the loss of predicting token t + 1, 0 where ignored; not differentiable. Whole
+    under sequence parallelism as well, where the sums are of this rank's slice."""
 
 
 class LMHead(nn.Linear):
     """An untied head; a module of its own, so that FSDP gathers its weight when it is called."""
 
     def forward(  # type: ignore[override]
-        self, hidden: Tensor, labels: Tensor | None, *, softcap: float | None = None, token_losses: bool = False
+        self, hidden: Tensor, targets: Tensor | None, *, softcap: float | None = None, token_losses: bool = False
     ) -> MPTOutput:
         """Logits or loss of (batch, T, d_model) hidden states."""
         return logits_or_loss(
-            hidden, self.weight, labels, count_correct=not self.training, softcap=softcap, token_losses=token_losses
+            hidden, self.weight, targets, count_correct=not self.training, softcap=softcap, token_losses=token_losses
         )
 
 
 def logits_or_loss(
     hidden: Tensor,
     weight: Tensor,
-    labels: Tensor | None,
+    targets: Tensor | None,
     *,
     count_correct: bool,
     softcap: float | None = None,
     token_losses: bool = False,
 ) -> MPTOutput:
-    """The logits, or with labels (not shifted, -100 where ignored) the loss, without ever holding all logits."""
-    if labels is None:
+    """The logits, or with targets (-100 where ignored) the loss, without ever holding all logits."""
+    if targets is None:
         logits = F.linear(hidden, weight)
         return MPTOutput(logits=logits if softcap is None else soft_cap(logits, softcap))
     sums = chunked_cross_entropy(
-        hidden, weight, shift(labels), count_correct=count_correct, per_token=token_losses, softcap=softcap
+        hidden, weight, targets, count_correct=count_correct, per_token=token_losses, softcap=softcap
     )
     return MPTOutput(None, sums.loss_sum / sums.n_targets.clamp(min=1), *sums)
 
@@ -98,25 +100,34 @@ class Transformer(nn.Module):
         attention_mask: Tensor | None = None,
         cache: KVCache | None = None,
         documents: Tensor | None = None,
+        ranks: SequenceParallel | None = None,
     ) -> Tensor:
-        """See MPT.forward; `documents` (batch, T) are numbers of packed documents, -1 at padding."""
+        """See MPT.forward; `documents` (batch, T) are numbers of packed documents, -1 at padding.
+
+        With `ranks` the inputs are whole sequences and the result is this rank's slice.
+        """
         past = cache.length if cache is not None else 0
         padding = None if attention_mask is None or documents is not None else attention_mask.bool()
         # Padding on the right only: causality hides it, and it moves no positions.
         if padding is not None and bool((padding[:, 1:] <= padding[:, :-1]).all()):
             padding = None
-        x = self.wte(input_ids)
-        positions = None
+        x = self.wte(input_ids if ranks is None else ranks.part(input_ids, 0))
+        own, positions = slice(None), None
         if self.config.uses_learned_positions or self.config.attn_config.rope:
             positions = _positions(input_ids, padding, past, documents)
-        if self.config.uses_learned_positions:
+            if ranks is not None:
+                own, positions = ranks.tokens(input_ids.shape[1]), ranks.positions(positions)
+        if positions is not None and self.config.uses_learned_positions:
             self._check_learned_positions(past + input_ids.shape[1])
-            x = x + self.wpe(positions)
+            x = x + self.wpe(positions[..., own])
         fraction = self.config.embedding_fraction
         if fraction != 1.0:
             x = x * fraction + x.detach() * (1.0 - fraction)
         x = self.emb_drop(x)
-        attend = self._attention(x, padding, documents, positions, cache)
+        turn = None
+        if positions is not None and self.config.attn_config.rope:
+            turn = rotation(self.config, positions, x.dtype).part(own)
+        attend = self._attention(x, padding, documents, turn, cache, ranks)
         for block in self.blocks:
             x = block(x, attend, cache)
         if cache is not None:
@@ -128,21 +139,27 @@ class Transformer(nn.Module):
         x: Tensor,
         padding: Tensor | None,
         documents: Tensor | None,
-        positions: Tensor | None,
+        turn: Rotation | None,
         cache: KVCache | None,
+        ranks: SequenceParallel | None,
     ) -> Attention:
         """The kernel with its bias, and the rotation of queries and keys, once for all layers."""
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        n_keys = x.shape[1] if cache is None else cache.n_keys(x.shape[1])
+        n_queries, slopes = x.shape[1], self.slopes
+        if ranks is not None:
+            n_queries, slopes = n_queries * ranks.degree, ranks.slopes(slopes)
+            padding = None if padding is None else ranks.padded(padding, False)
+            documents = None if documents is None else ranks.padded(documents, PADDING)
+        n_keys = n_queries if cache is None else cache.n_keys(n_queries)
         if documents is not None and causality_is_enough(documents):
             documents = None
         seen = Visibility(
-            x.shape[1],
+            n_queries,
             n_keys,
             x.device,
             dtype,
-            slopes=self.slopes,
+            slopes=slopes,
             padding=None if padding is None else padding[:, -n_keys:],
             documents=documents,
             window=self._window(n_keys),
@@ -152,9 +169,8 @@ class Transformer(nn.Module):
         if choice != self.choice:
             self.choice = choice
             log.info(choice.reason)
-        turn = None
-        if positions is not None and self.config.attn_config.rope:
-            turn = rotation(self.config, positions, x.dtype)
+        if ranks is not None:
+            return ParallelAttention(choice.kernel, choice.kernel.prepare(seen), turn, ranks)
         return Attention(choice.kernel, choice.kernel.prepare(seen), turn)
 
     def _window(self, n_keys: int) -> int | None:
@@ -199,11 +215,17 @@ class MPT(nn.Module):
 
     `device` is where the parameters are made, by default the CPU; on "meta" they stay without values, and
     `param_init_fn`, called for each module after sharding, gives them some. Elsewhere they are initialised here.
+
+    Attributes:
+        ranks: the ranks that share each sequence, when the loss is computed; they get the same batch. The sums of a
+            forward are then of this rank's slice, and the mean of the ranks' `loss` is that of the whole sequences.
+            Logits, and all that has a cache, each rank computes whole.
     """
 
     def __init__(self, config: MPTConfig, device: str | torch.device | None = None) -> None:
         super().__init__()
         self.config = config
+        self.ranks: SequenceParallel | None = None
         device = torch.device(device or "cpu")
         # Made on meta first, so that torch's own initialisation of each layer costs nothing.
         self.transformer = Transformer(config, "meta")
@@ -258,17 +280,30 @@ class MPT(nn.Module):
                     f"{tuple(input_ids.shape)}, and no cache"
                 )
             documents = documents_of(sequence_id, attention_mask)
-        hidden = self.transformer(input_ids, attention_mask, cache, documents)
+        ranks = self.ranks if labels is not None else None
+        hidden = self.transformer(input_ids, attention_mask, cache, documents, ranks)
         if last_logits:
             hidden = hidden[:, -1:]
+        targets = None if labels is None else shift(labels)
+        if ranks is None or targets is None:
+            return self._output(hidden, targets, token_losses)
+        out = self._output(hidden, ranks.part(targets, IGNORED), token_losses)
+        assert out.loss_sum is not None
+        each = out.token_losses
+        return out._replace(
+            loss=out.loss_sum * ranks.degree / (targets != IGNORED).sum().clamp(min=1),
+            token_losses=None if each is None else ranks.gathered(each, targets.shape[1]),
+        )
+
+    def _output(self, hidden: Tensor, targets: Tensor | None, token_losses: bool) -> MPTOutput:
         factor = self.config.logit_factor
         if factor is not None:
             hidden = hidden * factor  # scales the logits, and d_model numbers a token instead of vocab_size
         cap = self.config.final_logit_softcapping
         if self.config.tie_word_embeddings:
             weight, count = self.transformer.wte.weight, not self.training
-            return logits_or_loss(hidden, weight, labels, count_correct=count, softcap=cap, token_losses=token_losses)
-        return self.lm_head(hidden, labels, softcap=cap, token_losses=token_losses)  # type: ignore[no-any-return]
+            return logits_or_loss(hidden, weight, targets, count_correct=count, softcap=cap, token_losses=token_losses)
+        return self.lm_head(hidden, targets, softcap=cap, token_losses=token_losses)  # type: ignore[no-any-return]
 
     def reset_parameters(self) -> None:
         """Initialise everything, as `init_config` says, from torch's current random state."""
