@@ -1,8 +1,9 @@
 """MPTConfig <-> the config.json of transformers' own ``MptForCausalLM``, and what that class cannot express.
 
 transformers reads ``alibi: false``, ``alibi_bias_max``, ``qk_ln``, ``expansion_ratio``, ``logit_scale``, ``no_bias``,
-``learned_pos_emb`` and ``norm_type`` and then ignores them (measured on 4.57 and 5.23): such a model would open without
-a warning and compute another function. So it is refused here, key by key.
+``learned_pos_emb`` and ``norm_type`` and then ignores them (measured on 4.57 and 5.23), as it does keys that it does
+not know (rotary positions, windows, heads of keys and values, ...): such a model would open without a warning and
+compute another function. So it is refused here, key by key.
 """
 
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from llmtrain.errors import UserError
-from llmtrain.model.config import MPTConfig
+from llmtrain.model.config import AttentionConfig, MPTConfig
 
 NATIVE = "MptForCausalLM"
 """transformers' own class; MosaicML's remote code called its class ``MPTForCausalLM``."""
@@ -46,7 +47,7 @@ _NATIVE_ATTENTION: dict[str, Any] = {
 # MosaicML's configs: the same keys; where they are silent, MPTConfig's defaults hold. The rest (names of files,
 # versions, kernels, devices) says nothing about the function.
 _MODEL_KEYS = {*_NATIVE_DEFAULTS, "attn_config", "ffn_config", "norm_eps", "attention_bias", "head_dim"}
-_MODEL_KEYS |= {"final_logit_softcapping", "block_overrides", "fc_type"}
+_MODEL_KEYS |= {"final_logit_softcapping", "block_overrides", "fc_type", "use_pad_tok_in_ffn"}
 _ATTENTION_IGNORED = {"attn_impl"}
 
 
@@ -54,13 +55,34 @@ def inexpressible(config: MPTConfig) -> list[str]:
     """Each key of a config that transformers' ``MptForCausalLM`` would ignore, with its value and why; [] if none."""
     attention = config.attn_config
     found = []
-    if not attention.alibi:
+    if attention.rope:
+        found.append("attn_config.rope: true (transformers' MPT always uses ALiBi)")
+    elif not attention.alibi:
         positions = "learned positions" if config.uses_learned_positions else "no positions"
         found.append(f"attn_config.alibi: false ({positions}; transformers' MPT always uses ALiBi)")
     elif attention.alibi_bias_max != 8:
         found.append(f"attn_config.alibi_bias_max: {attention.alibi_bias_max:g} (transformers' MPT always uses 8)")
-    if attention.qk_ln:
-        found.append("attn_config.qk_ln: true (transformers' MPT has no such norms)")
+    for norm in ("qk_ln", "qk_gn"):
+        if getattr(attention, norm):
+            found.append(f"attn_config.{norm}: true (transformers' MPT has no such norms)")
+    if config.kv_heads != config.n_heads:
+        heads = f"attn_config.attn_type: {attention.attn_type}"
+        found.append(f"{heads}, {config.kv_heads} heads of keys and values (transformers' MPT has as many as queries)")
+    if config.n_heads * config.d_head != config.d_model:
+        found.append(f"head_dim: {config.d_head} (transformers' MPT always uses d_model / n_heads)")
+    if not attention.fused_qkv:
+        found.append("attn_config.fused_qkv: false (transformers' MPT has one Wqkv)")
+    if attention.sliding_window_size > 0:
+        window = f"attn_config.sliding_window_size: {attention.sliding_window_size}"
+        found.append(f"{window} (transformers' MPT always attends to all)")
+    if attention.attn_logit_softcapping is not None:
+        cap = f"attn_config.attn_logit_softcapping: {attention.attn_logit_softcapping:g}"
+        found.append(f"{cap} (transformers' MPT caps nothing)")
+    if config.final_logit_softcapping is not None:
+        cap = f"final_logit_softcapping: {config.final_logit_softcapping:g}"
+        found.append(f"{cap} (transformers' MPT caps nothing)")
+    if config.ffn_config.ffn_type != "mptmlp":
+        found.append(f"ffn_config.ffn_type: {config.ffn_config.ffn_type} (transformers' MPT has no gate)")
     if config.ffn_hidden_size != 4 * config.d_model:
         ratio = config.ffn_hidden_size / config.d_model
         found.append(f"expansion_ratio: {ratio:g} (transformers' MPT always uses 4)")
@@ -150,9 +172,9 @@ def from_hugging_face(data: dict[str, Any], where: str) -> MPTConfig:
     attention = {k: v for k, v in (data.get("attn_config") or {}).items() if k not in _ATTENTION_IGNORED}
     block = {key: value for key, value in data.items() if key in _MODEL_KEYS and key != "attn_config"}
     if not mosaic:
-        # A sub-config of transformers carries keys of its base class; those it knows are all that counts.
-        attention = _NATIVE_ATTENTION | {k: v for k, v in attention.items() if k in _NATIVE_ATTENTION}
-        block = _NATIVE_DEFAULTS | {k: v for k, v in block.items() if k in _NATIVE_DEFAULTS}
+        # A sub-config of transformers carries keys of its base class, too.
+        attention = _NATIVE_ATTENTION | {k: v for k, v in attention.items() if k in AttentionConfig.model_fields}
+        block = _NATIVE_DEFAULTS | block
     if "norm_eps" not in block and "layer_norm_epsilon" in data:
         block["norm_eps"] = data["layer_norm_epsilon"]
     try:

@@ -27,12 +27,13 @@ _BELONG_TO_THE_RUN: dict[str, Any] = {
     # What a recipe says about training, whatever the weights were trained with before.
     **dict.fromkeys(("name", "pretrained", "init_config", "init_device", "loss_fn", "use_cache", "verbose"), True),
     **dict.fromkeys(("resid_pdrop", "emb_pdrop", "embedding_fraction"), True),
-    "attn_config": {"attn_pdrop", "attn_impl", "attn_uses_sequence_id"},
+    "attn_config": {"attn_pdrop", "attn_impl", "attn_uses_sequence_id", "alibi_window"},
 }
 _MAY_DIFFER = {
     # The weights fit and are the same function to begin with or nearly so; a published run does it (StoryWriter starts
-    # from MPT-7B with another alibi_bias_max and clip_qkv).
+    # from MPT-7B with another alibi_bias_max and clip_qkv; Llama 3.1 from Llama 3 with scaled rotary positions).
     *("attn_config.alibi_bias_max", "attn_config.clip_qkv", "attn_config.softmax_scale", "logit_scale", "norm_eps"),
+    *("attn_config.rope_theta", "attn_config.rope_hf_config", "attn_config.sliding_window_size"),
 }
 
 
@@ -170,7 +171,7 @@ def _merged(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, 
 
 def _compare(source: MPTConfig, config: MPTConfig, path: Path) -> None:
     """Refuses another model by key; says which keys make the same weights another function."""
-    keys = {"expansion_ratio", "learned_pos_emb", "attention_bias", "vocab_size", "head_dim", "fc_type"}
+    keys = {"expansion_ratio", "learned_pos_emb", "attention_bias", "vocab_size", "head_dim", "fc_type", "attn_type"}
     old, new = (_leaves(_keys_of(c), keys) | _derived(c) for c in (source, config))
     differing = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     shown = {key: f"model.{key} is {new.get(key)} in the recipe and {old.get(key)} in the weights" for key in differing}
@@ -197,11 +198,19 @@ def _leaves(block: Mapping[str, Any], without: set[str], prefix: str = "") -> di
 
 def _derived(config: MPTConfig) -> dict[str, Any]:
     """What several keys say together, in one spelling."""
+    attn = config.attn_config
+    scaling = attn.rope_hf_config if attn.rope and attn.rope_impl == "hf" else None
+    scaled = scaling is not None and scaling.type != "no_scaling"
     return {
+        "head_dim": config.d_head,
+        "attn_config.kv_n_heads": config.kv_heads,
+        "attn_config.rope": attn.rope,
+        "attn_config.rope_theta": attn.rope_theta if attn.rope else None,
+        "attn_config.rope_hf_config": scaling.model_dump(exclude_none=True) if scaling and scaled else None,
         "ffn_config.ffn_hidden_size": config.ffn_hidden_size,
         "attention_bias": config.qkv_bias,
         "learned_pos_emb": config.uses_learned_positions,
         "logit_scale": config.logit_factor,
-        "attn_config.softmax_scale": config.attn_config.softmax_scale or (config.d_model // config.n_heads) ** -0.5,
+        "attn_config.softmax_scale": config.softmax_scale,
         "norm_type": config.norm_type.removeprefix("low_precision_"),
     }

@@ -131,7 +131,7 @@ class AttentionConfig(Config):
     @classmethod
     def _temperature_is_off(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
         if value is None or not value.get("attn_scale"):
-            return value
+            return None
         raise ValueError(f"attn_scale: {value['attn_scale']} is not supported; remove the key or set attn_scale to 0")
 
     @field_validator("sliding_window_size")

@@ -144,6 +144,11 @@ class TestTheRecipesKeys:
             ({"expansion_ratio": 2}, "model.ffn_config.ffn_hidden_size is 64 in the recipe and 128"),
             ({"tie_word_embeddings": False}, "model.tie_word_embeddings is False"),
             ({"norm_type": "rmsnorm"}, "model.norm_type is rmsnorm in the recipe and layernorm"),
+            ({"attn_config": {"attn_type": "multiquery_attention"}}, "model.attn_config.kv_n_heads is 1 .* and 4 in"),
+            ({"attn_config": {"alibi": False, "rope": True}}, "model.attn_config.rope is True in the recipe and False"),
+            ({"head_dim": 16}, "model.head_dim is 16 in the recipe and 8 in the weights"),
+            ({"ffn_config": {"ffn_type": "mptglu"}}, "model.ffn_config.ffn_type is mptglu in the recipe"),
+            ({"attn_config": {"qk_gn": True}}, "model.attn_config.qk_gn is True in the recipe"),
             ({"vocab_size": 256}, "model.vocab_size: 256 is less than the 384"),
         ],
     )

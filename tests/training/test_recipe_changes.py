@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from llmtrain.errors import UserError
+from llmtrain.model.config import MPTConfig
 from llmtrain.training.recipe_changes import check_run, differences
 
 HERE = Path("runs/x/checkpoints/ep0-ba4")
@@ -44,6 +45,15 @@ def test_another_function_is_refused_by_key() -> None:
     model = {**SAVED["model"], "attn_config": {"alibi": False, "attn_impl": "auto"}}  # type: ignore[dict-item]
     with pytest.raises(UserError, match=r"model.attn_config.alibi True -> False"):
         check_run(SAVED, changed(model=model), HERE)
+
+
+def test_keys_that_did_not_exist_yet_had_their_defaults() -> None:
+    saved = {"name": "mpt_causal_lm", "d_model": 64, "attn_config": {"alibi": True, "rope_dail_config": None}}
+    now = MPTConfig.model_validate(saved).model_dump(mode="json")
+    assert check_run({"model": saved}, {"model": now}, HERE) == []
+    now["attn_config"] |= {"sliding_window_size": 16, "alibi_window": "off"}
+    with pytest.raises(UserError, match=r"model.attn_config.sliding_window_size -1 -> 16\."):
+        check_run({"model": saved}, {"model": now}, HERE)
 
 
 def test_another_optimizer_is_refused_and_another_rate_is_said() -> None:
