@@ -108,7 +108,7 @@ def check_run(saved: dict[str, Any], now: dict[str, Any], checkpoint: Path) -> l
             )
     lines = []
     sees = ("attn_config", "attn_uses_sequence_id")
-    if sees in (changed := differences(saved.get("model"), now.get("model"))):
+    if sees in (changed := differences(*_with_defaults(saved.get("model") or {}, now.get("model") or {}))):
         lines.append(f"warning: not as in {checkpoint.name}: {_text({sees: changed[sees]}, 'model')}")
     for key in WATCHED:
         changed = differences(saved.get(key), now.get(key))
