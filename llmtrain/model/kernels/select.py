@@ -2,10 +2,16 @@
 
 from typing import NamedTuple
 
+import torch
+
 from llmtrain.errors import UserError
+from llmtrain.model.kernels.blockwise import BLOCKWISE
+from llmtrain.model.kernels.dense import LONGEST
 from llmtrain.model.kernels.eager import EAGER
 from llmtrain.model.kernels.interface import Kernel, Visibility
 from llmtrain.model.kernels.sdpa import SDPA
+
+NAMES = ("auto", "eager", "sdpa", "blockwise", "flex", "flash")
 
 
 class Choice(NamedTuple):
@@ -27,20 +33,42 @@ def select(attn_impl: str, seen: Visibility, *, dropout: bool = False, softcap: 
     Raises:
         UserError: that kernel does not exist, is not installed, or cannot compute what is asked for.
     """
-    if softcap and attn_impl == "auto":
-        return Choice(EAGER, "attn_impl auto -> eager: torch's fused attention has no soft-capping")
     if softcap and attn_impl in ("sdpa", "torch", "triton"):
         raise UserError(
-            f"attn_config.attn_impl: {attn_impl} has no soft-capping (attn_logit_softcapping); set it to auto"
+            f"attn_config.attn_impl: {attn_impl} is torch's fused attention, which has no soft-capping "
+            "(attn_logit_softcapping); set it to auto, eager, blockwise or flex"
         )
+    if dropout and attn_impl == "blockwise":
+        raise UserError("attn_config.attn_impl: blockwise has no dropout (attn_pdrop); set it to auto, eager or sdpa")
     match attn_impl:
         case "auto":
-            device = seen.device.type
-            return Choice(SDPA, f"attn_impl auto -> sdpa: torch's fused attention, the fastest kernel for {device}")
+            kernel, reason = _automatic(seen, dropout, softcap)
+            return Choice(kernel, f"attn_impl auto -> {kernel.name}: {reason}")
         case "eager":
             return Choice(EAGER, "attn_impl eager: the reference implementation, slow and memory-hungry")
         case "sdpa":
             return Choice(SDPA, "attn_impl sdpa: as asked for")
+        case "blockwise":
+            return Choice(BLOCKWISE, "attn_impl blockwise: as asked for")
         case "torch" | "triton":
             return Choice(SDPA, f"attn_impl {attn_impl} is llm-foundry's name -> sdpa, which computes the same")
-    raise UserError(f"attn_config.attn_impl: {attn_impl!r} is unknown; set it to auto, sdpa or eager")
+    raise UserError(f"attn_config.attn_impl: {attn_impl!r} is unknown; set it to {', '.join(NAMES)}")
+
+
+def _automatic(seen: Visibility, dropout: bool, softcap: bool) -> tuple[Kernel, str]:
+    """The fastest exact kernel, and why.
+
+    On a CPU that is blockwise for every length: up to one block of queries it is one call of the same fused kernel that
+    sdpa would call, without a bias of (heads, T, T); beyond that it skips what cannot be seen.
+    """
+    device = seen.device.type
+    if dropout:
+        return (EAGER, "soft-capping with dropout") if softcap else (SDPA, "the fastest kernel with dropout")
+    if device == "cpu":
+        return BLOCKWISE, "exact, with memory of O(T), and the fastest kernel for cpu"
+    plain = seen.slopes is None and seen.padding is None and seen.documents is None and seen.window is None
+    if plain and not softcap:
+        return SDPA, f"torch's fused causal attention, the fastest kernel for {device} without a bias"
+    if softcap or seen.n_queries * seen.n_keys > LONGEST**2 or seen.dtype == torch.float64:
+        return BLOCKWISE, "no fused kernel here takes this length or soft-capping"
+    return SDPA, f"torch's fused attention, the fastest kernel installed for {device}"
