@@ -73,7 +73,7 @@ def eval_command(
     parameter = next(model.parameters())
     about = {
         "source": place.name,
-        "data": [str(part.cfg.local or part.cfg.remote or sorted(part.cfg.streams or {})) for part in parts],
+        "data": [name for part in parts for name in part.names],
         "device": torch.cuda.get_device_name(parameter.device) if parameter.is_cuda else "cpu",
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "torch": torch.__version__,
@@ -90,7 +90,7 @@ def _check(model: MPT | HFCausalLM, parts: Sequence[ShardTokens], lengths: Seque
     for part in parts:
         if not part.joined and max(lengths) > part.row_length:
             raise UserError(
-                f"max_seq_len {max(lengths):,}: the rows of {part.cfg.local or part.cfg.remote or 'the streams'} have "
+                f"max_seq_len {max(lengths):,}: the rows of {', '.join(part.names)} have "
                 f"{part.row_length:,} tokens and cannot be joined: they are of one document each (cut: documents), or "
                 "were not made by llmtrain prep. Prepare longer rows"
             )

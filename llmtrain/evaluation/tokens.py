@@ -54,6 +54,8 @@ class ShardTokens:
         self.pieces: list[int] = []
         self.joined = True
         """Whether a window may be longer than a row."""
+        self.names = [stream.describe() for stream in self._dataset.streams]
+        """Where the shards lie, for messages and results."""
         self._first_rows: list[int] = []
         for stream, first, rows in zip(
             self._dataset.streams,

@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from llmtrain.testing.corpus import TinyCorpus
-from llmtrain.testing.launch import launch
+from llmtrain.testing.launch import Finished, launch
 from llmtrain.testing.recipe import tiny_recipe
 from llmtrain.training.callbacks import CallbacksConfig
 from llmtrain.training.generate_callback import GenerateCallback
@@ -27,7 +27,7 @@ def test_samples_of_a_sharded_run(corpus: TinyCorpus, tmp_path: Path) -> None:
     recipe = tiny_recipe(
         tmp_path / "x.yaml",
         corpus,
-        callbacks={"generate_callback": SETTINGS},
+        callbacks={"generate_callback": SETTINGS, "loss_by_position": {}},
         loggers={"inmemory": {}},
         eval_first=True,
     )
@@ -46,6 +46,27 @@ def test_samples_of_a_sharded_run(corpus: TinyCorpus, tmp_path: Path) -> None:
     again = launch(recipe, ["run_name=cut", "autoresume=true"], ranks=1, cwd=tmp_path)
     assert again.code == 0, again.output
     assert [row["step"] for row in rows(again.folder)] == [0, 0, 5, 5, 8, 8, 10, 10, 12, 12]
+    losses_by_position_are_those_of_the_evaluations(whole, [0, 5, 10, 12])
+    losses_by_position_are_those_of_the_evaluations(again, [0, 5, 8, 10, 12])
+    on_two, on_one = (positions(run.folder)[-1]["by_position"] for run in (whole, again))
+    assert [b["targets"] for b in on_one] == [b["targets"] for b in on_two]
+    assert [b["loss"] for b in on_one] == pytest.approx([b["loss"] for b in on_two], abs=1e-4)
+
+
+def positions(folder: Path) -> list[dict[str, Any]]:
+    return json.loads((folder / "loss_by_position.json").read_text())
+
+
+def losses_by_position_are_those_of_the_evaluations(run: Finished, steps: list[int]) -> None:
+    taken, overall = positions(run.folder), run.metrics("metrics/eval/LanguageCrossEntropy")
+    assert [row["step"] for row in taken] == steps
+    for row in taken:
+        assert row["loss"] == pytest.approx(overall[row["step"]], abs=1e-6)
+        mean = sum(b["loss"] * b["targets"] for b in row["by_position"]) / row["targets"]
+        assert mean == pytest.approx(row["loss"])
+        assert row["by_position"][-1]["last"] == 63
+    assert (run.folder / "loss_by_position.png").read_bytes().startswith(b"\x89PNG")
+    assert list(run.metrics("loss_by_position/eval/1-63")) == steps
 
 
 @pytest.mark.slow

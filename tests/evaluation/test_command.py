@@ -1,0 +1,111 @@
+"""`llmtrain eval` from end to end, in milliseconds: a checkpoint of random weights on real shards."""
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from llmtrain.errors import UserError
+from llmtrain.evaluation.command import eval_command
+from llmtrain.evaluation.evaluate import n_targets
+from llmtrain.evaluation.source import find
+from llmtrain.evaluation.tokens import ShardTokens, folder_of_shards
+from llmtrain.model.mpt import MPT
+from llmtrain.prep.config import PrepRecipe
+from llmtrain.prep.run import run as prepare
+from llmtrain.recipe.load import load_recipe
+from llmtrain.testing.corpus import TinyCorpus
+from llmtrain.testing.recipe import tiny_recipe
+
+
+@pytest.fixture
+def run(corpus: TinyCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run's folder with a checkpoint, as another trainer leaves it, and with the run's recipe."""
+    monkeypatch.chdir(tmp_path)
+    recipe = tiny_recipe(tmp_path / "x.yaml", corpus)
+    folder = tmp_path / "runs" / "x"
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "recipe.yaml").write_text(recipe.read_text())
+    torch.manual_seed(0)
+    model = MPT(load_recipe(recipe).model)
+    state = {f"model.{name}": value for name, value in model.state_dict().items()}
+    torch.save({"state": {"model": state}}, folder / "checkpoints" / "ep0-ba5.pt")
+    return folder / "checkpoints" / "ep0-ba5.pt"
+
+
+def evaluate(source: Path, *overrides: str, **settings) -> tuple[dict, str]:
+    console = Console(file=io.StringIO(), width=200)
+    return eval_command(source, overrides, console=console, **settings), console.file.getvalue()
+
+
+def test_two_lengths_of_the_same_tokens(run: Path, corpus: TinyCorpus) -> None:
+    found, said = evaluate(run, lengths=[128, 64], max_tokens=1000)
+    assert found["source"] == "x/ep0-ba5.pt"
+    assert [(at["max_seq_len"], at["targets"]) for at in found["lengths"]] == [(64, 999), (128, 999)]
+    assert all(5.5 < at["loss"] < 7.5 for at in found["lengths"])  # it knows nothing yet
+    assert "note: 128 tokens: beyond the 64 of training; ALiBi extrapolates" in said
+    stem = run.parent.parent / "eval" / "ep0-ba5"
+    assert json.loads(stem.with_suffix(".json").read_text()) == found
+    rows = list(csv.DictReader(stem.with_suffix(".csv").open()))
+    assert sum(int(row["targets"]) for row in rows if row["max_seq_len"] == "128") == 999
+    assert stem.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_recipe_says_the_length_and_the_data(run: Path, corpus: TinyCorpus, tmp_path: Path) -> None:
+    """And any way to name a run gives the same numbers."""
+    overrides = ("max_seq_len=96", f"eval_loader.dataset.local={corpus.train}")
+    wanted, _ = evaluate(run, *overrides, max_tokens=500, output=tmp_path / "a")
+    assert [at["max_seq_len"] for at in wanted["lengths"]] == [96]
+    given, _ = evaluate(run, lengths=[96], data=[corpus.train], max_tokens=500, output=tmp_path / "b")
+    assert given["lengths"][0]["by_position"] == wanted["lengths"][0]["by_position"]
+    assert {path.name for path in tmp_path.iterdir()} >= {"a.json", "a.csv", "a.png", "b.json", "b.csv", "b.png"}
+
+
+def test_rows_of_a_stream_go_on_in_the_next(corpus: TinyCorpus) -> None:
+    tokens = ShardTokens(folder_of_shards(corpus.val.parent), vocab_size=512, fingerprints=None, key="--data")
+    assert len(tokens.pieces) == 1
+    whole = tokens.read(0, 0, tokens.pieces[0])
+    assert whole.tolist()[60:200] == tokens.read(0, 60, 200).tolist()
+    assert (whole == corpus.eos_token_id).sum() > 1
+
+
+def test_rows_of_one_document_each_are_not_joined(run: Path, corpus: TinyCorpus, tmp_path: Path) -> None:
+    recipe = {
+        "out": str(tmp_path / "long"),
+        "max_seq_len": 128,
+        "cut": "documents",
+        "tokenizer": {"name": str(corpus.tokenizer)},
+        "sources": [{"name": "a", "files": ["{stdlib}/this.py", "{stdlib}/abc.py"]}],
+    }
+    prepare(PrepRecipe.model_validate(recipe), Console(file=io.StringIO()))
+    shards = tmp_path / "long" / "train"
+    tokens = ShardTokens(folder_of_shards(shards), vocab_size=512, fingerprints=None, key="--data")
+    assert set(tokens.pieces) == {128}
+    found, _ = evaluate(run, data=[shards], lengths=[64, 128])
+    assert [at["targets"] for at in found["lengths"]] == [n_targets(tokens.pieces)] * 2
+    with pytest.raises(UserError, match=r"max_seq_len 256: .*of one document each"):
+        evaluate(run, data=[shards], lengths=[256])
+
+
+def test_mistakes_are_named(run: Path, corpus: TinyCorpus, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"optimizer\.lr=1: has no effect on an evaluation"):
+        find(run, overrides=["optimizer.lr=1"])
+    with pytest.raises(UserError, match="no such file or folder"):
+        find(tmp_path / "nothing")
+    with pytest.raises(UserError, match="there is no runs/y yet"):
+        find(tmp_path / "x.yaml", overrides=["run_name=y"])
+    with pytest.raises(UserError, match=r"--data .*nowhere: there is no folder"):
+        evaluate(run, data=[tmp_path / "nowhere"])
+    index = json.loads((corpus.val / "index.json").read_text())
+    index["llmtrain"]["tokenizer_fingerprint"] = "0" * 64
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in corpus.val.iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    (other / "index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="made with another tokenizer"):
+        evaluate(run, data=[other])
