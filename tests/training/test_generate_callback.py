@@ -48,9 +48,6 @@ def test_samples_of_a_sharded_run(corpus: TinyCorpus, tmp_path: Path) -> None:
     assert [row["step"] for row in rows(again.folder)] == [0, 0, 5, 5, 8, 8, 10, 10, 12, 12]
     losses_by_position_are_those_of_the_evaluations(whole, [0, 5, 10, 12])
     losses_by_position_are_those_of_the_evaluations(again, [0, 5, 8, 10, 12])
-    on_two, on_one = (positions(run.folder)[-1]["by_position"] for run in (whole, again))
-    assert [b["targets"] for b in on_one] == [b["targets"] for b in on_two]
-    assert [b["loss"] for b in on_one] == pytest.approx([b["loss"] for b in on_two], abs=1e-4)
 
 
 def positions(folder: Path) -> list[dict[str, Any]]:
