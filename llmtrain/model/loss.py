@@ -17,6 +17,10 @@ IGNORED = -100
 
 CHUNK_BYTES = 64 * 2**20
 """Float32 logits of a chunk, about."""
+CACHED_BYTES = 2 * 2**20
+"""Float32 logits that stay in a CPU's cache, about."""
+PRODUCT_ROWS = 4096
+"""Rows of the weight gradient that are computed at a time in low precision."""
 
 
 class TokenLoss(NamedTuple):
@@ -76,6 +80,9 @@ def chunked_cross_entropy(
         hidden, targets = hidden.index_select(0, counted), targets.index_select(0, counted)
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    if chunk_bytes is None:
+        # Where a CPU has them in half precision, twice as many take the same memory; a GPU has them in float32 as well.
+        chunk_bytes = default_chunk_bytes(*weight.shape) * (4 // dtype.itemsize if kind == "cpu" else 1)
     rows = rows_in_a_chunk(len(targets), weight.shape[0], weight.shape[1], chunk_bytes)
     how = _Settings(rows, dtype, softcap, count_correct, per_token)
     with torch.autocast(kind, enabled=False):
@@ -89,15 +96,18 @@ def chunked_cross_entropy(
     return TokenLoss(loss_sum, n_targets, n_correct, token_losses)
 
 
-def rows_in_a_chunk(n_rows: int, vocab_size: int, d_model: int, chunk_bytes: int | None = None) -> int:
-    """Rows of a chunk, so that all chunks are about equal and none has more than `chunk_bytes` of float32 logits.
+def default_chunk_bytes(vocab_size: int, d_model: int) -> int:
+    """Float32 logits of a chunk.
 
     Each chunk adds once to the (vocab_size, d_model) weight gradient, which costs as much as d_model / 2 rows of
-    logits do: fewer rows than that would make the adding dominate. So the default is CHUNK_BYTES, or half the weight.
+    logits do: fewer rows than that would make the adding dominate. So it is CHUNK_BYTES, or half the weight.
     """
-    if chunk_bytes is None:
-        chunk_bytes = max(CHUNK_BYTES, 4 * vocab_size * d_model // 2)
-    most = max(1, chunk_bytes // (4 * vocab_size))
+    return max(CHUNK_BYTES, 4 * vocab_size * d_model // 2)
+
+
+def rows_in_a_chunk(n_rows: int, vocab_size: int, d_model: int, chunk_bytes: int | None = None) -> int:
+    """Rows of a chunk, so that all chunks are about equal and none has more than `chunk_bytes` of float32 logits."""
+    most = max(1, (chunk_bytes or default_chunk_bytes(vocab_size, d_model)) // (4 * vocab_size))
     n_chunks = max(1, -(-n_rows // most))
     return max(1, -(-n_rows // n_chunks))
 
@@ -115,22 +125,23 @@ class _Grads(NamedTuple):
     weight: Tensor | None
 
 
-class _Result(NamedTuple):
+class _Sums(NamedTuple):
     loss: Tensor
     n_correct: Tensor | None
     token_losses: Tensor | None
-    grads: _Grads
 
 
 def _forward_and_grads(
     hidden: Tensor, weight: Tensor, targets: Tensor, how: _Settings, want: tuple[bool, bool]
-) -> _Result:
+) -> tuple[_Sums, _Grads]:
     """Loss sum, what else is asked for, and the gradients of the loss sum that `want` asks for."""
     dtype = how.dtype
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    loss = torch.zeros((), dtype=wide, device=hidden.device)
-    correct = torch.zeros((), dtype=torch.int64, device=hidden.device) if how.count_correct else None
-    token_losses = torch.empty(len(targets), dtype=wide, device=hidden.device) if how.per_token else None
+    sums = _Sums(
+        torch.zeros((), dtype=wide, device=hidden.device),
+        torch.zeros((), dtype=torch.int64, device=hidden.device) if how.count_correct else None,
+        torch.empty(len(targets), dtype=wide, device=hidden.device) if how.per_token else None,
+    )
     grad_hidden = torch.zeros_like(hidden) if want[0] else None
     grad_weight: Tensor | None = None
     w = weight.to(dtype)
@@ -141,42 +152,60 @@ def _forward_and_grads(
         # An ignored row is made 0 before the matmul: whatever stood there, its logits are finite and its part of the
         # weight gradient is 0, without a pass over the logits.
         h = hidden[chunk].to(dtype).masked_fill(ignored, 0)
-        at = (torch.arange(len(y), device=y.device), y.clamp(min=0))
         logits = h @ w.t()
-        slope: Tensor | None = None
-        if how.softcap is not None:
-            logits = logits.to(wide).div_(how.softcap).tanh_()
-            slope = torch.addcmul(torch.ones((), dtype=wide, device=y.device), logits, logits, value=-1)
-            logits = logits.mul_(how.softcap)
-        if correct is not None:
-            correct += (logits.argmax(-1) == y).sum()
-        p = torch.log_softmax(logits, dim=-1, dtype=wide)
-        del logits
-        losses = p[at].neg_().masked_fill_(ignored[:, 0], 0)
-        loss += losses.sum()
-        if token_losses is not None:
-            token_losses[chunk] = losses
-        if not any(want):
-            continue
-        p.exp_()
-        p[at] -= 1  # d loss / d logits = softmax - one-hot
-        if slope is not None:
-            p.mul_(slope)
-        g = p.to(dtype)
-        del p, slope
+        # On a CPU a few rows go through all that follows while they are in the cache. A GPU takes all at once.
+        at_once = max(1, CACHED_BYTES // (4 * len(w))) if y.device.type == "cpu" else len(y)
+        for first in range(0, len(y), at_once):
+            few = slice(first, first + at_once)
+            _to_gradient(logits[few], y[few], how.softcap, start + first, sums, any(want))
         if grad_hidden is not None:
-            grad_hidden[chunk] = (g @ w).masked_fill_(ignored, 0)
+            grad_hidden[chunk] = (logits @ w).masked_fill_(ignored, 0)
         if want[1]:
-            if grad_weight is None:
-                grad_weight = (g.t() @ h).to(wide)
-            elif dtype == wide:
-                grad_weight.addmm_(g.t(), h)
-            else:
-                grad_weight += g.t() @ h
-        del g
+            grad_weight = _plus_product(grad_weight, logits.t(), h, wide)
+        del logits
     if want[1]:
         grad_weight = torch.zeros_like(weight) if grad_weight is None else grad_weight.to(weight.dtype)
-    return _Result(loss, correct, token_losses, _Grads(grad_hidden, grad_weight))
+    return sums, _Grads(grad_hidden, grad_weight)
+
+
+def _to_gradient(logits: Tensor, y: Tensor, softcap: float | None, place: int, sums: _Sums, wanted: bool) -> None:
+    """Adds the rows' losses to `sums` and, if wanted, overwrites their logits with the gradient with respect to them.
+
+    y are the targets, `place` the first row's number among all.
+    """
+    wide = sums.loss.dtype
+    x, slope = logits, None
+    if softcap is not None:
+        x = logits.to(wide).div(softcap).tanh_()
+        slope = 1 - x * x
+        x.mul_(softcap)
+    if sums.n_correct is not None:
+        sums.n_correct.add_((x.argmax(-1) == y).sum())
+    p = torch.log_softmax(x, dim=-1, dtype=wide)
+    at = (torch.arange(len(y), device=y.device), y.clamp(min=0))
+    losses = p[at].neg_().masked_fill_(y == IGNORED, 0)
+    sums.loss.add_(losses.sum())
+    if sums.token_losses is not None:
+        sums.token_losses[place : place + len(y)] = losses
+    if wanted:
+        p.exp_()
+        p[at] -= 1  # d loss / d logits = softmax - one-hot
+        logits.copy_(p if slope is None else p.mul_(slope))
+
+
+def _plus_product(total: Tensor | None, a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
+    """Return total + a @ b in `wide`, in place; a product of lower precision exists for some rows at a time only."""
+    if a.dtype == wide:
+        return a @ b if total is None else total.addmm_(a, b)
+    empty = total is None
+    total = torch.empty(len(a), b.shape[1], dtype=wide, device=a.device) if total is None else total
+    for first in range(0, len(a), PRODUCT_ROWS):
+        rows = slice(first, first + PRODUCT_ROWS)
+        if empty:
+            total[rows] = a[rows] @ b
+        else:
+            total[rows] += a[rows] @ b
+    return total
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -185,7 +214,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, how: _Settings, grad_enabled: bool
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         want = (grad_enabled and ctx.needs_input_grad[0], grad_enabled and ctx.needs_input_grad[1])
-        loss, correct, token_losses, ctx.grads = _forward_and_grads(hidden, weight, targets, how, want)
+        (loss, correct, token_losses), ctx.grads = _forward_and_grads(hidden, weight, targets, how, want)
         if any(want):
             ctx.save_for_backward(hidden, weight, targets)
             ctx.settings = (_Settings(how.rows, how.dtype, how.softcap), want)
@@ -197,7 +226,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         # The gradients are handed over, not kept: autograd then takes them as they are instead of copying the weight's
         # (150 MB for a small model). Only a second backward through a retained graph has to compute them again.
-        grads = ctx.grads or _forward_and_grads(*ctx.saved_tensors, *ctx.settings).grads
+        grads = ctx.grads or _forward_and_grads(*ctx.saved_tensors, *ctx.settings)[1]
         ctx.grads = None
         if grad.device.type != "cpu" or float(grad) != 1.0:
             for g in grads:
