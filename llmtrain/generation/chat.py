@@ -74,8 +74,8 @@ class Chat:
         """
         prompt = self.conversation.ask(text)
         room = self._room(len(prompt))
-        self.reused = _common(self._cached, prompt[:-1])  # the last token's logits are needed in any case
-        self._decoder.rewind(self.reused)
+        # The last token's logits are needed in any case.
+        self.reused = self._decoder.rewind(_common(self._cached, prompt[:-1]))
         # What the cache holds if this is interrupted in mid-step is not known further than this.
         self._cached = prompt[: self.reused]
         stream, said = TextStream(self._tokenizer), list[int]()

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerFast
 
+    from llmtrain.generation.decoder import Progress
     from llmtrain.generation.sampling import Sampling
 
 
@@ -60,13 +61,21 @@ def generate_command(
         raise UserError(f"batch_size {batch_size}: must be at least 1.")
     wanted = gather_prompts(prompts, prompts_file)
     from llmtrain.generation.load import load
+    from llmtrain.generation.prefill_progress import PrefillProgress
     from llmtrain.generation.sampling import Sampling
 
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     model, tokenizer = load(source, recipe=recipe, device=device, dtype=dtype)
     done = []
     for completion in complete(
-        model, tokenizer, wanted, sampling=sampling, max_new_tokens=max_new_tokens, seed=seed, batch_size=batch_size
+        model,
+        tokenizer,
+        wanted,
+        sampling=sampling,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        batch_size=batch_size,
+        progress=PrefillProgress(),
     ):
         done.append(completion)
         if output is None:
@@ -85,17 +94,19 @@ def complete(
     max_new_tokens: int,
     seed: int = 0,
     batch_size: int = 8,
+    progress: "Progress | None" = None,
 ) -> Iterator[Completion]:
-    """Continue texts, batch by batch, in their order.
+    """Continue texts, batch by batch, in their order; `progress` is told how far long prompts have been read.
 
     An empty prompt stands for the start of a document: the model sees the end-of-text token, as it did in training.
     """
+    from llmtrain.generation.decoder import decoder_for
     from llmtrain.generation.samples import sample
 
     for start in range(0, len(prompts), batch_size):
         part = prompts[start : start + batch_size]
         samples = sample(
-            model,
+            decoder_for(model, progress),
             tokenizer,
             [prompt.text for prompt in part],
             max_new_tokens=max_new_tokens,

@@ -9,6 +9,9 @@ from llmtrain.errors import UserError
 from llmtrain.generation.decoder import Decoder, decoder_for
 from llmtrain.generation.sampling import Sampling
 
+MOST_RESERVED = 4096
+"""New tokens that memory is made ready for before the first: an answer that may be longer need not be."""
+
 
 def generate(
     model: nn.Module | Decoder,
@@ -81,6 +84,7 @@ def steps(
     _refuse_beyond_positions(decoder.positions, prompts, max_new_tokens)
     sampling = sampling or Sampling(temperature=0)
     ids, seen = _pad_left(prompts, decoder.device)
+    decoder.reserve(ids.shape[1] + min(max_new_tokens, MOST_RESERVED) - 1)
     generators = [torch.Generator().manual_seed(_row_seed(seed, first_index + row)) for row in range(len(prompts))]
     ends = torch.tensor(sorted(eos_ids), device=decoder.device, dtype=torch.long)
     active = list(range(len(prompts)))

@@ -30,11 +30,15 @@ class TransformersDecoder:
         logits: Tensor = self.model(new, attention_mask=seen, cache=self.cache, last_logits=True).logits
         return logits[:, -1]
 
+    def reserve(self, n_tokens: int) -> None:
+        """The cache of transformers grows as it will."""
+
     def keep_rows(self, rows: Tensor) -> None:
         """Goes on with those rows of the batch only."""
         self.cache.batch_select_indices(rows)
 
-    def rewind(self, length: int) -> None:
+    def rewind(self, length: int) -> int:
         """Forget all but the first `length` tokens: the next call may go on differently from there."""
         if (excess := self.cache.get_seq_length() - length) > 0:
             self.cache.crop(-excess)  # how many to drop: transformers 5 no longer takes how many to keep
+        return min(length, int(self.cache.get_seq_length()))

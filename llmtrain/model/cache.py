@@ -5,6 +5,8 @@ from torch import Tensor
 
 STEP = 256
 """Tokens that a buffer grows by at least, or an eighth of what it holds: copying stays cheap, little stays unused."""
+SPARE = 64
+"""Tokens beyond a window that are kept, so that a few new ones can be taken back."""
 
 
 class KVCache:
@@ -15,7 +17,7 @@ class KVCache:
 
     Memory: n_layers * 2 * batch * kv_heads * head_dim numbers a token, for what was reserved if that is enough. Buffers
     grow layer by layer, so that never more than one layer's is held twice. With a `window` only the last tokens are
-    kept, about `window` of them however long the text.
+    kept, `window` and a few hundred of them however long the text.
 
     Attributes:
         length: positions seen, padding included.
@@ -106,13 +108,13 @@ class KVCache:
         """How many of the held positions stay when so many new ones come, and the capacity of the buffers then."""
         kept = self._held
         if self._window is not None and kept + n_new > self._capacity:
-            kept = min(kept, self._window)
+            kept = min(kept, self._window + SPARE)
         needed = kept + n_new
         if needed <= self._capacity:
             return kept, self._capacity
         room = self._reserved if self._reserved >= needed else needed + max(STEP, needed // 8)
         if self._window is not None:
-            room = max(needed, min(room, self._window + max(n_new, STEP)))
+            room = max(needed, min(room, self._window + SPARE + max(n_new, STEP)))
         return kept, room
 
     def _moved(self, held: Tensor | None, kept: int, capacity: int, like: Tensor) -> Tensor:
