@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-BLOCK = 512
+BLOCK = 256
 """Keys that are kept or skipped together."""
 _CHUNK = 1 << 23
 """Numbers held at once while bounds are computed."""

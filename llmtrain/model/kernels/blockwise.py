@@ -94,6 +94,13 @@ class _Work:
         self.holds_scores = softcap is not None or q.device.type != "cpu" or not pieces.flash_on_cpu()
         self.device = q.device
 
+    def only_piece(self, blocks: list[Block]) -> _Piece | None:
+        """The piece that the whole call is, if it is one: a short sequence pays for no merging."""
+        if len(blocks) > 1 or blocks[0].row >= 0 or blocks[0].visible < blocks[0].whole_to:
+            return None
+        piece, *others = self.near(blocks[0])
+        return None if others or piece.keys != (0, self.n_keys) else piece
+
     def near(self, block: Block) -> Iterator[_Piece]:
         """The keys from `whole_to` on, for all heads."""
         heads = (0, self.heads)
@@ -213,10 +220,14 @@ def _forward(
     skip: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     work = _Work(q, k, slopes, labels, window, scale, softcap)
+    blocks = _read(plan)
+    if (only := work.only_piece(blocks)) is not None:
+        out, lse = pieces.forward(q, k, v, work.bias(blocks[0], only), causal=only.causal, **work.options)
+        return _laid_out(out), _laid_out(lse), torch.zeros(1, work.heads, dtype=torch.int64)
     out, lse, first = _results(q, plan)
     balls: KeyBalls | None = None
     segment: tuple[int, int] | None = None
-    for index, block in enumerate(_read(plan)):
+    for index, block in enumerate(blocks):
         rows = slice(None) if block.row < 0 else slice(block.row, block.row + 1)
         everything = _Piece((0, work.heads), (0, work.n_keys))
         q_block = work.of(q, block, everything)
@@ -270,6 +281,11 @@ def _forward(
     return out, lse, first
 
 
+def _laid_out(x: Tensor) -> Tensor:
+    """(batch, heads, n, ...) with the strides of a transposed (batch, n, heads, ...), as the fake operators say."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
 def _results(q: Tensor, plan: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     batch, heads, n, head_dim = q.shape
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -312,10 +328,16 @@ def blockwise_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, over the same pieces."""
     work = _Work(q, k, slopes, labels, window, scale, softcap)
-    dq, dk, dv = _gradients(q, k, work.dtype)
-    starts = first.tolist()
+    blocks = _read(plan)
     with torch.autocast(q.device.type, enabled=False):
-        for index, block in enumerate(_read(plan)):
+        if (only := work.only_piece(blocks)) is not None:
+            bias = work.bias(blocks[0], only)
+            grads = pieces.backward(grad, q, k, v, out, lse, bias, causal=only.causal, **work.options)
+            dq, dk, dv = (_laid_out(x.to(q.dtype)) for x in grads)
+            return dq, dk, dv
+        dq, dk, dv = _gradients(q, k, work.dtype)
+        starts = first.tolist()
+        for index, block in enumerate(blocks):
             for piece in (*work.near(block), *work.far(block, starts[index])):
                 of_query = (work.of(x, block, piece) for x in (q, out, lse))
                 q_, out_, lse_ = of_query

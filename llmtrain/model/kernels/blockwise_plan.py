@@ -11,9 +11,9 @@ BLOCK = 1024
 """Queries in a block, at most (measured, docs/log.md)."""
 NARROWEST = 128
 """Queries in a block of a sliding window, at least."""
-SHORT = 128
+SHORT = 32
 """Documents shorter than this share a block with their neighbours."""
-GROUP = 256
+GROUP = 64
 """Tokens of short documents in one block, about."""
 FEW = 16
 """So few queries are one block for the whole batch, whatever their masks are."""
