@@ -10,6 +10,7 @@ from llmtrain.errors import UserError
 from llmtrain.hf_model.load import cast
 from llmtrain.hf_model.model import HFCausalLM
 from llmtrain.hf_model.source import HFSource, open_hf
+from llmtrain.model.kernels.denormals import flush_denormals
 from llmtrain.model.mpt import MPT
 from llmtrain.tokenizer import TokenizerConfig, load_tokenizer
 
@@ -33,6 +34,7 @@ def load(
     Raises:
         UserError: nothing usable there, or no tokenizer is known.
     """
+    flush_denormals()  # chat, generation and evaluation start here
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     name = dtype or ("bfloat16" if device.startswith("cuda") else "float32")
     if name not in DTYPES:

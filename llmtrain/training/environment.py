@@ -19,6 +19,7 @@ from composer.utils import dist, reproducibility
 from llmtrain.cores import available_cores
 from llmtrain.errors import UserError
 from llmtrain.hf_model.model import HFCausalLM
+from llmtrain.model.kernels.denormals import NOTE, flush_denormals, flushed
 from llmtrain.recipe.batch import BatchPlan
 from llmtrain.recipe.recipe import Recipe
 from llmtrain.training.fsdp import ShardingPlan
@@ -40,6 +41,7 @@ def say_each(lines: Iterable[str]) -> None:
 
 def start(recipe: Recipe) -> torch.device:
     """Prepares this process for training and returns the device it trains on."""
+    flush_denormals()  # before anything starts torch's threads, which take it over
     set_allocator(recipe)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not dist.is_initialized():
@@ -171,6 +173,7 @@ def summary(
         f"model       {whole:,} parameters{frozen}; attention: {attention}",
         f"batch       {batch.global_batch_size} x {recipe.max_seq_len} = {tokens:,} tokens a step: {ranks} rank(s) x "
         f"{batch.accumulation_steps} micro-batch(es) of {batch.microbatch_size}",
-        f"device      {ranks} x {name}, {precision}, {sharding.strategy}, torch {torch.__version__}",
+        f"device      {ranks} x {name}, {precision}, {sharding.strategy}, torch {torch.__version__}"
+        + (f", {NOTE}" if device.type == "cpu" and flushed() else ""),
     ]
     return "\n".join(lines)
