@@ -100,6 +100,8 @@ class GuardedDataset(StreamingDataset):  # type: ignore[misc]
         ShardError: A shard is missing or damaged, or the epoch ended before its last sample.
     """
 
+    counted_once = False
+    """Whether the trainer counts samples that several ranks get (`replication`) once."""
     _problem: Exception | None = None
     _promised = 0
 
@@ -164,9 +166,9 @@ class GuardedDataset(StreamingDataset):  # type: ignore[misc]
 
         Between two epochs Streaming's own state is "no sample of the epoch that is over", so that a resume would read
         that epoch's order a second time; here it is "no sample of the next one". And Composer, who counts from the
-        beginning, counts the samples of all ranks, also where several get the same ones.
+        beginning, counts the samples of all ranks, also where several get the same ones (see `counted_once`).
         """
-        if from_beginning:
+        if from_beginning and not self.counted_once:
             num_samples //= self.replication or 1
         state: dict[str, Any] = super().state_dict(num_samples, from_beginning)
         if from_beginning and num_samples == 0:

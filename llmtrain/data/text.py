@@ -133,6 +133,7 @@ def build_text_loader(
     device_batch_size: int,
     evaluation: bool = False,
     epoch_batches: int | None = None,
+    sequence_parallel_degree: int = 1,
 ) -> GuardedLoader:
     """Open the shards, check that they fit the run, and make the loader. All ranks call it together.
 
@@ -144,6 +145,7 @@ def build_text_loader(
         device_batch_size: Rows in a batch of one device.
         evaluation: Give all ranks together each row exactly once, see `EveryRowOnce`.
         epoch_batches: Limit of an epoch, see `GuardedLoader`.
+        sequence_parallel_degree: This many consecutive ranks get the same rows, which count once.
 
     Returns:
         A loader of dicts as `TextCollator` makes them. Its state (`state_dict`, `load_state_dict`) is Streaming's.
@@ -153,6 +155,8 @@ def build_text_loader(
         ShardError: While it is iterated, see `GuardedDataset`.
     """
     data = cfg.dataset
+    if sequence_parallel_degree > 1:
+        data = data.model_copy(update={"replication": sequence_parallel_degree})
     _check_boundary(data, eos_token_id)
     for name, key, stream in _named_streams(data):
         split = stream.split if stream.split is not None else data.split or ""
@@ -168,6 +172,7 @@ def build_text_loader(
             dataset = kind(data, vocab_size=vocab_size, batch_size=device_batch_size)
     except ValueError as problem:  # Streaming's own checks of its arguments
         raise UserError(f"dataset: {problem}") from problem
+    dataset.counted_once = sequence_parallel_degree > 1
     for stream in dataset.streams:
         _check_origin(stream, data, tokenizer_fingerprint)
     _check_amounts(dataset, cfg, device_batch_size)

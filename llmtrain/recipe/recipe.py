@@ -159,6 +159,10 @@ class Recipe(Config):
     """Weigh micro-batches by their targets, so that the micro-batch size does not change the result."""
     fsdp_config: FSDPConfig | None = None
     """Sharding over ranks. Without it every rank holds the whole model (DDP)."""
+    sequence_parallel_degree: PositiveInt = 1
+    """Consecutive ranks that share each sequence, when one device cannot hold it (Ulysses, arXiv:2309.14509): each has
+    a slice of the tokens, and in attention some of the heads. Divides the number of ranks and model.n_heads. Does not
+    change the result; a run may continue with another degree."""
     compile_config: CompileConfig | None = None
     """Arguments of torch.compile; `{}` compiles with its defaults, null does not compile."""
     dist_timeout: PositiveFloat = 600.0
@@ -377,6 +381,30 @@ class Recipe(Config):
                 "or change this key.",
                 "fsdp_config.mixed_precision.param_dtype",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _sequences_can_be_shared(self) -> Self:
+        degree = self.sequence_parallel_degree
+        if degree == 1:
+            return self
+        if not isinstance(self.model, MPTConfig):
+            raise mistake("Only MPT models share sequences over ranks. Remove it.", "sequence_parallel_degree")
+        if self.model.n_heads % degree:
+            raise mistake(
+                f"In attention each rank has n_heads / {degree} heads, and model.n_heads is {self.model.n_heads}. "
+                "Choose a divisor.",
+                "sequence_parallel_degree",
+            )
+        loaders = [("train_loader", self.train_loader)]
+        loaders += [(f"eval_loader.{index}", loader) for index, loader in enumerate(self.eval_loader)]
+        for key, loader in loaders:
+            if isinstance(loader.dataset, TextDatasetConfig) and loader.dataset.replication not in (None, degree):
+                raise mistake(
+                    f"Ranks that share sequences get the same samples by themselves (sequence_parallel_degree: "
+                    f"{degree}). Remove it.",
+                    f"{key}.dataset.replication",
+                )
         return self
 
     @model_validator(mode="after")

@@ -4,6 +4,7 @@ Each item says what goes wrong without it and what would let it go. How checkpoi
 put in place from here; Composer's private names are touched in these two modules only.
 """
 
+import datetime
 import os
 import warnings
 from dataclasses import dataclass
@@ -90,6 +91,25 @@ def _meta_init(module: nn.Module, param_init_fn: Any = None) -> None:
 
 def _ignore_saved_algorithms(self: State, *args: Any, **kwargs: Any) -> None:
     """Composer rebuilds the algorithms of a checkpoint with eval() of a string in it. Ours come from the recipe."""
+
+
+def count_shared_samples_once(trainer: Trainer, degree: int) -> None:
+    """Has the trainer count the samples and tokens of `degree` ranks that share sequences once.
+
+    Composer adds up what all ranks got, in training and in evaluation: time in samples and tokens, the position in the
+    data and tokens/s would be `degree` times too large. (It has a way of its own, numbers of samples that are floats;
+    it then adds up tokens in float32, which is exact to 16 million a step only.) Losses, gradients and metrics need
+    nothing: Composer averages over ranks what `MPT.forward` gives each of them.
+    """
+    if degree == 1:
+        return
+    of_all_ranks = trainer._accumulate_time_across_ranks
+
+    def of_all_groups(*args: Any, **kwargs: Any) -> tuple[int, int, datetime.timedelta]:
+        samples, tokens, elapsed = of_all_ranks(*args, **kwargs)
+        return samples // degree, tokens // degree, elapsed
+
+    trainer._accumulate_time_across_ranks = of_all_groups
 
 
 def install() -> None:

@@ -99,6 +99,7 @@ class Loaders:
         say(from_rank_zero(text))
 
     def _build(self, cfg: TextLoaderConfig | FinetuningLoaderConfig, **how: Any) -> Any:
+        how["sequence_parallel_degree"] = self.batch.sequence_parallel_degree
         if isinstance(cfg, FinetuningLoaderConfig):
             from llmtrain.data.finetuning.loader import build_finetuning_loader
 

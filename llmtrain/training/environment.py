@@ -167,11 +167,13 @@ def summary(
         attention = model.model.transformer.expected_choice(device, dtype).reason
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     tokens = batch.global_batch_size * recipe.max_seq_len
+    degree = batch.sequence_parallel_degree
+    share = f"{ranks} rank(s)" if degree == 1 else f"{ranks // degree} group(s) of {degree} ranks that share sequences"
     begins = f"continues after step {step}" if step else "starts at step 0"
     lines = [
         f"run         {recipe.run_name}, {begins}, ends at {recipe.max_duration}",
         f"model       {whole:,} parameters{frozen}; attention: {attention}",
-        f"batch       {batch.global_batch_size} x {recipe.max_seq_len} = {tokens:,} tokens a step: {ranks} rank(s) x "
+        f"batch       {batch.global_batch_size} x {recipe.max_seq_len} = {tokens:,} tokens a step: {share} x "
         f"{batch.accumulation_steps} micro-batch(es) of {batch.microbatch_size}",
         f"device      {ranks} x {name}, {precision}, {sharding.strategy}, torch {torch.__version__}"
         + (f", {NOTE}" if device.type == "cpu" and flushed() else ""),

@@ -59,11 +59,12 @@ class LanguageModel(ComposerModel):  # type: ignore[misc]
         metric.update(outputs)
 
     def flops_per_batch(self, batch: Batch) -> float:
-        """Training FLOPs of one batch (read by Composer's SpeedMonitor for FLOP/s and MFU)."""
+        """Training FLOPs of one batch on this rank (Composer's SpeedMonitor adds up ranks, for FLOP/s and MFU)."""
         n_samples, seq_len = batch["input_ids"].shape
         if isinstance(self.model, HFCausalLM):
             return n_samples * seq_len * self.model.flops_per_token(seq_len)
-        return n_samples * seq_len * flops_per_token(self.model.config, seq_len)
+        shared_by = 1 if self.model.ranks is None else self.model.ranks.degree
+        return n_samples * seq_len * flops_per_token(self.model.config, seq_len) / shared_by
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """All parameters, or without the frozen ones: see `should_save_peft_only`."""

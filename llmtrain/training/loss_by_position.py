@@ -26,8 +26,8 @@ class LossByPositionCallback(Callback):  # type: ignore[misc]
 
     It costs nothing but the sums: the losses are those of the evaluation's own forward. Loggers get the mean of each
     doubling of the position; RUN/loss_by_position.json has finer bins of each evaluation, RUN/loss_by_position.png
-    draws the first one and the latest. The targets of all ranks count. Where packed documents are kept apart, a position
-    is one in its document.
+    draws the first one and the latest. The targets of all ranks count. Where packed documents are kept apart, a
+    position is one in its document.
 
     The settings are those of `llmtrain.training.callbacks.LossByPositionConfig`.
     """
@@ -51,6 +51,9 @@ class LossByPositionCallback(Callback):  # type: ignore[misc]
 
     def eval_after_forward(self, state: State, logger: Logger) -> None:
         assert self._losses is not None
+        ranks = getattr(_language_model(state).model, "ranks", None)
+        if ranks is not None and ranks.rank > 0:
+            return  # the first of the ranks that share sequences has the losses of all
         token_losses = state.outputs.token_losses
         assert token_losses is not None
         self._losses.add(token_losses, state.batch["labels"], _positions(state))

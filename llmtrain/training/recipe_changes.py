@@ -22,6 +22,7 @@ FREE_MODEL_KEYS = {
     ("use_cache",),
     ("embedding_fraction",),
     ("max_seq_len",),
+    ("activation_checkpointing_target",),
     ("pretrained",),
     # Of Hugging Face models.
     ("attn_implementation",),

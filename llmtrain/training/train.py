@@ -14,6 +14,7 @@ from llmtrain.hf_model.checkpoint import read_tensors
 from llmtrain.hf_model.config import HFConfig
 from llmtrain.hf_model.model import HFCausalLM
 from llmtrain.model.mpt import MPT
+from llmtrain.model.sequence_parallel import SequenceParallel
 from llmtrain.recipe.batch import batch_plan
 from llmtrain.recipe.recipe import Recipe
 from llmtrain.tokenizer import fingerprint_of
@@ -88,6 +89,8 @@ def assemble(recipe: Recipe, start: resume.StartingPoint, device: torch.device) 
     loaders.show(train_data, run.path)
     model = build_model(recipe, sharding, start.weights, n_tokens=len(tokenizer))
     optimizer = build_optimizer(recipe.optimizer, model)
+    if batch.sequence_parallel_degree > 1 and isinstance(model.model, MPT):
+        model.model.ranks = SequenceParallel.of_this_rank(batch.sequence_parallel_degree, device.type)
     activation_checkpointing.apply(model.model, sharding.checkpointing, offload=sharding.offload_activations)
 
     saver = build_saver(recipe, fingerprint_of(tokenizer), model, start)
@@ -140,6 +143,7 @@ def assemble(recipe: Recipe, start: resume.StartingPoint, device: torch.device) 
     )
     if isinstance(model.model, HFCausalLM):
         from_rank_zero(model.model.check_frozen_identity)
+    composer_adapter.count_shared_samples_once(trainer, batch.sequence_parallel_degree)
     restore_rng.trainer = trainer
     preemption.install()
     if recipe.log_config:

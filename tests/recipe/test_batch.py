@@ -46,3 +46,13 @@ def test_the_next_sizes_that_work_are_named() -> None:
     assert "40, 44, 55, 80" in message
     with pytest.raises(UserError, match="sizes that can: 8;"):
         batch_plan(recipe_with(3, 1), 8)
+
+
+def test_ranks_that_share_sequences_are_one_to_the_batch() -> None:
+    recipe = recipe_with(8, 2).model_copy(update={"sequence_parallel_degree": 2})
+    plan = batch_plan(recipe, 8)
+    assert (plan.device_batch_size, plan.accumulation_steps, plan.sequence_parallel_degree) == (2, 1, 2)
+    with pytest.raises(UserError, match="7 ranks cannot be grouped by 2"):
+        batch_plan(recipe, 7)
+    with pytest.raises(UserError, match=r"over 3 groups of 2 ranks\. Next sizes that can: 6 or 9.* 2, 4, 8, 16"):
+        batch_plan(recipe, 6)

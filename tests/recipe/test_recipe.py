@@ -66,6 +66,7 @@ TRAIN_KEYS = [
     "autoresume",
     "train_subset_num_batches",
     "spin_dataloaders",
+    "sequence_parallel_degree",  # llmtrain's own
     "compile_config",
     "metadata",
     "flatten_metadata",
@@ -195,6 +196,12 @@ SHAPE = {"d_model": 32, "n_heads": 2, "n_layers": 1}
         ({"model": {"name": "hf_t5"}}, "model.name", "`hf_causal_lm`"),
         ({"model": {"name": "mpt"}}, "model.name", "`mpt_causal_lm`, `hf_causal_lm`. Did you mean `mpt_causal_lm`?"),
         ({"batch_size": 8}, "batch_size", "`variables`"),
+        ({"model": SHAPE, "sequence_parallel_degree": 3}, "sequence_parallel_degree", "Choose a divisor"),
+        (
+            {"model": {"name": "hf_causal_lm", "pretrained_model_name_or_path": "x"}, "sequence_parallel_degree": 2},
+            "sequence_parallel_degree",
+            "Only MPT models",
+        ),
     ],
 )
 def test_each_mistake_is_named(write, changes: dict[str, Any], key: str, text: str) -> None:

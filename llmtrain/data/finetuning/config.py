@@ -167,7 +167,7 @@ class FinetuningDatasetConfig(SourceConfig):
     ADVICE: ClassVar[Mapping[str, str]] = {
         "packing_strategy": "Packing is always best-fit-decreasing. Remove it, and set packing: true.",
         "max_leftovers_to_keep": "No leftover is ever thrown away. Remove it.",
-        "seq_parallel_replication": "There is no sequence parallelism. Remove it.",
+        "seq_parallel_replication": "Use the top-level `sequence_parallel_degree`.",
         "replication": "Every rank gets examples of its own. Remove it.",
         "data_files": "Give `files`, or `hf_name: json` with `hf_kwargs.data_files`.",
         "name": "The dataset is named by hf_name.",

@@ -120,6 +120,7 @@ def build_finetuning_loader(
     device_batch_size: int,
     evaluation: bool = False,
     epoch_batches: int | None = None,
+    sequence_parallel_degree: int = 1,
 ) -> FinetuningLoader | StreamingLoader:
     """Tokenize the examples, or find those of an earlier run, and make the loader. All ranks call it together.
 
@@ -133,6 +134,7 @@ def build_finetuning_loader(
         evaluation: all ranks together give each example exactly once, in the same rows each time; `drop_last` then
             leaves out nothing.
         epoch_batches: limit of an epoch, see `FinetuningLoader`.
+        sequence_parallel_degree: this many consecutive ranks get the same rows.
 
     Returns:
         A loader of dicts as `FinetuningCollator` makes them.
@@ -162,10 +164,11 @@ def build_finetuning_loader(
             device_batch_size=device_batch_size,
             evaluation=evaluation,
             epoch_batches=epoch_batches,
+            sequence_parallel_degree=sequence_parallel_degree,
             check=check,
         )
     stores = prepare(sources, tokenize, cache=cache, vocab_size=vocab_size, strict=data.strict, check=check)
-    place = Place.detect()
+    place = Place.detect().in_group(sequence_parallel_degree)
     dataset = FinetuningDataset(
         stores,
         _order(data, stores),

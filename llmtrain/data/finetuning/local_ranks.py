@@ -44,6 +44,10 @@ class Place:
         ranks = dist.get_world_size() if connected else int(os.environ.get("WORLD_SIZE", 1))
         return cls(rank, ranks, int(os.environ.get("LOCAL_RANK", 0)))
 
+    def in_group(self, degree: int) -> "Place":
+        """The place among groups of `degree` consecutive ranks, which act as one (and lead no machine)."""
+        return Place(self.rank // degree, self.ranks // degree, self.local_rank)
+
     @property
     def leads(self) -> bool:
         """Whether this is the rank that works for its machine."""

@@ -192,7 +192,9 @@ class StreamedExamples(Dataset[list[Found]]):
         elif self._begun:
             mine = {**mine, "packer": self.packer.state_dict()}
         # As text: a distributed checkpoint takes lists and dicts apart, and loads only what the new run has as well.
-        return {"shuffle_seed": self.seed, "streaming": True, "ranks": json.dumps(gather(mine))}
+        states = gather(mine)
+        states = states[:: max(1, len(states) // self.where.ranks)]  # ranks that share sequences have the same one
+        return {"shuffle_seed": self.seed, "streaming": True, "ranks": json.dumps(states)}
 
     def load_state_dict(self, obj: dict[str, Any]) -> None:
         """Go on where a checkpoint stood.

@@ -173,6 +173,7 @@ def build_streaming_loader(
     device_batch_size: int,
     evaluation: bool,
     epoch_batches: int | None,
+    sequence_parallel_degree: int,
     check: Callable[[Sequence[Example]], Sequence[str]],
 ) -> StreamingLoader:
     """The loader of `streaming: true`; see `build_finetuning_loader` (a collective call).
@@ -180,7 +181,7 @@ def build_streaming_loader(
     Raises:
         UserError: on all ranks: the shards cannot be read, or a template does not fit them.
     """
-    place = Place.detect()
+    place = Place.detect().in_group(sequence_parallel_degree)
 
     def make(where: Place) -> StreamedExamples:
         return StreamedExamples(

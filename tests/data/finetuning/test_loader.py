@@ -256,7 +256,7 @@ def test_a_mixture_by_proportions(build, read, chats):
     assert (counts[10:] == 1).all()
 
 
-def of_this_rank(build_config, tokenizer, row_of=None):
+def of_this_rank(build_config, tokenizer, degree=1):
     from llmtrain.data.finetuning.config import FinetuningLoaderConfig
     from llmtrain.data.finetuning.loader import build_finetuning_loader
     from llmtrain.tokenizer import TokenizerConfig, load_tokenizer
@@ -264,7 +264,9 @@ def of_this_rank(build_config, tokenizer, row_of=None):
     opened = load_tokenizer(TokenizerConfig(name=tokenizer, chat_template="chatml"))
     cfg = FinetuningLoaderConfig.model_validate({"dataset": build_config, "num_workers": 0, "drop_last": False})
     try:
-        loader = build_finetuning_loader(cfg, tokenizer=opened, vocab_size=4096, device_batch_size=6)
+        loader = build_finetuning_loader(
+            cfg, tokenizer=opened, vocab_size=4096, device_batch_size=6, sequence_parallel_degree=degree
+        )
     except UserError as problem:
         return str(problem)
     return numbers(loader, opened)
@@ -278,6 +280,8 @@ def test_two_real_ranks(read, corpus, chats, tmp_path):
     assert both[:-1] == one[:-1]
     assert [row for row in both[-1] if row] == one[-1]
     assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 1
+    shared = run_ranks(of_this_rank, 2, cfg, str(corpus.tokenizer), 2)
+    assert shared[0] == shared[1] == list(read(batch_size=6, shuffle=True, packing=True))
 
 
 def test_what_the_first_rank_cannot_do_is_an_error_on_all(corpus, tmp_path):
