@@ -73,8 +73,9 @@ class AttentionConfig(Config):
     attn_pdrop: Probability = 0.0
     """Dropout probability on the attention weights, while training."""
     attn_impl: AttentionImpl = "auto"
-    """Kernel: `eager` (the reference), `sdpa` (torch's fused kernels), or `auto`. Old recipes' `torch` and `triton`
-    mean `sdpa` here."""
+    """Kernel: `eager` (the reference), `sdpa` (torch's fused kernels), `blockwise` (memory of O(T) on any device, the
+    fastest on CPUs), `flex` (torch's FlexAttention, GPUs), `flash` (the flash-attn package, GPUs), or `auto`, which
+    chooses by device, length, dtype and mask, and says why. Old recipes' `torch` and `triton` mean `sdpa` here."""
     qk_ln: bool = False
     """Normalise queries and keys over all their heads together, each with the model's norm type (MPT-1B does)."""
     qk_gn: bool = False
@@ -110,6 +111,9 @@ class AttentionConfig(Config):
     nope: bool = False
     """Written by llm-foundry. Only false."""
 
+    flex_backend: Literal["triton", "flash"] = "triton"
+    """Of `flex`: whose kernels run. `flash` is FlashAttention 4 (Hopper or newer, torch 2.11 or newer, package
+    `flash-attn-4`), which torch calls experimental."""
     attn_uses_sequence_id: bool = False
     """Attend within documents only, as the batch's `sequence_id` tells them apart: what packed examples need. A row
     then is the same function as its documents one by one."""

@@ -21,6 +21,7 @@ from llmtrain.model.kernels import flash
 from llmtrain.model.kernels.eager import EAGER
 from llmtrain.model.kernels.flash import FLASH, FlashMask, head_groups
 from llmtrain.model.kernels.interface import Attention, Kernel, Visibility
+from llmtrain.model.kernels.select import select
 
 CPU = torch.device("cpu")
 CALLS: list[dict[str, Any]] = []
@@ -260,3 +261,14 @@ def test_old_package(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_versions_compare_as_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, "2.10.0.post1")
     assert flash.missing() is None
+
+
+def test_select(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = Visibility(8, 8, torch.device("cuda"), torch.bfloat16)
+    assert select("flash", seen).kernel is FLASH
+    with pytest.raises(UserError, match="CUDA"):
+        select("flash", Visibility(8, 8, CPU, torch.bfloat16))
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    flash._functions.cache_clear()
+    with pytest.raises(UserError, match="pip install flash-attn"):
+        select("flash", seen)

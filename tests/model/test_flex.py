@@ -1,5 +1,6 @@
 """FlexAttention: values against eager, block masks against the pairs that they stand for. Gradients: tests/gpu."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -17,6 +18,7 @@ from llmtrain.model.kernels.dense import dense_bias
 from llmtrain.model.kernels.eager import EAGER
 from llmtrain.model.kernels.flex import FLEX, FlexMask, static_blocks
 from llmtrain.model.kernels.interface import Attention, Kernel, Visibility
+from llmtrain.model.kernels.select import select
 
 CPU = torch.device("cpu")
 
@@ -191,7 +193,8 @@ def test_windows_lose_less_than_float32_has_bits(data: st.DataObject) -> None:
     q, k, _ = qkv(heads, kv_heads, n_queries, n, size=scale_of_q)
     q[:, :, n_queries // 2] *= data.draw(st.sampled_from([0.0, -1.0, 5.0]), "an odd query")
     slopes = steepness * torch.tensor(alibi.slopes(heads), dtype=torch.float64)
-    bounds = windows.measure(q, k, 0.3, size)
+    k = k + data.draw(st.sampled_from([0.0, 3.0]), "what all keys share")
+    bounds = windows.measure(q, k, 0.3, size, softcap=softcap)
     kept = windows.kept_blocks(bounds, slopes, size, n - n_queries, windows.slack(n), softcap)
     assert kept.shape == (2, heads, n_queries // size, n // size)
     scores = (q @ k.repeat_interleave(heads // kv_heads, 1).mT) * 0.3
@@ -202,7 +205,7 @@ def test_windows_lose_less_than_float32_has_bits(data: st.DataObject) -> None:
     weights = scores.softmax(-1)
     lost = weights.masked_fill(spread(kept, size, n_queries, n), 0).sum(-1)
     assert lost.max() < 2.0**-25
-    needed = windows.needed_windows(windows.measure(q, k, 0.3), slopes, n, softcap)
+    needed = windows.needed_windows(windows.measure(q, k, 0.3, softcap=softcap), slopes, n, softcap)
     lost = weights.masked_fill(-distance <= needed[:, None, None], 0).sum(-1)
     assert lost.max() < 2.0**-25
     if steepness == 20.0 and scale_of_q < 1.0:
@@ -291,3 +294,48 @@ def test_blocks_are_wide_for_long_sequences() -> None:
     mask = FlexMask(Visibility(flex.WIDE, flex.WIDE, CPU, torch.float32))
     assert mask.block == flex.WIDE_BLOCK
     assert mask.kinds.some.shape[-1] == flex.WIDE // flex.WIDE_BLOCK
+
+
+def test_what_all_keys_share_costs_nothing() -> None:
+    q, k, _ = qkv(2, 2, 64, 64)
+    assert windows.measure(q, k + 100, 0.3, 8).key_norm.allclose(windows.measure(q, k, 0.3, 8).key_norm)
+    capped = windows.measure(q, k + 100, 0.3, 8, softcap=1.0)
+    assert capped.key_norm.min() > 100
+
+
+def test_missing() -> None:
+    assert flex.missing(CPU) is None
+    if not torch.cuda.is_available():
+        assert "Triton" in str(flex.missing(torch.device("cuda")))
+
+
+def test_select() -> None:
+    """By name on a CPU (to compare with); by itself `auto` never takes it there."""
+    seen = Visibility(4096, 4096, CPU, torch.float32, slopes=(0.5,))
+    assert select("flex", seen).kernel is FLEX
+    assert select("flex", seen, flex_backend="flash").kernel is flex.FLEX_FLASH
+    assert select("auto", seen).kernel.name == "blockwise"
+    with pytest.raises(UserError, match="attn_pdrop"):
+        select("flex", seen, dropout=True)
+
+
+@pytest.mark.parametrize(
+    ("n_queries", "dtype", "name"),
+    [(1024, torch.bfloat16, "flex"), (1023, torch.bfloat16, "sdpa"), (1024, torch.float64, "blockwise")],
+)
+def test_auto_on_a_gpu(n_queries: int, dtype: torch.dtype, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flex, "has_triton", lambda: True)
+    seen = Visibility(n_queries, 70_000, torch.device("cuda"), dtype, slopes=(0.5,), padding=torch.ones(1, 70_000))
+    if name == "sdpa":
+        seen = dataclasses.replace(seen, n_keys=n_queries)
+    choice = select("auto", seen)
+    assert choice.kernel.name == name, choice.reason
+
+
+def test_a_backend_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flex, "has_triton", lambda: True)
+    monkeypatch.setattr(flex, "_has_flash_4", lambda: False)
+    seen = Visibility(8, 8, torch.device("cuda"), torch.bfloat16)
+    assert select("flex", seen).kernel is FLEX
+    with pytest.raises(UserError, match="flex_backend"):
+        select("flex", seen, flex_backend="flash")

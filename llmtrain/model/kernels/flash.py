@@ -183,7 +183,7 @@ def _attend(
     groups = [(mask.window, list(range(kv_heads)))]
     # Inside torch.compile the windows, which are numbers, cannot be had from tensors without breaking the graph.
     if not mask.far_keys and mask.slopes is not None and not torch.compiler.is_compiling():
-        needed = needed_windows(measure(q, k, softmax_scale), mask.slopes, mask.n_keys, softcap)
+        needed = needed_windows(measure(q, k, softmax_scale, softcap=softcap), mask.slopes, mask.n_keys, softcap)
         longest = mask.n_keys if mask.sequences is None else mask.sequences.longest_k
         groups = head_groups(needed.nan_to_num(nan=math.inf).tolist(), kv_heads, longest, mask.window)
     if len(groups) == 1:

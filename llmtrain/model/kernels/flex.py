@@ -11,11 +11,15 @@ module takes a second or two to import (dynamo), so `select` imports it when it 
 
 from collections.abc import Callable
 from functools import cache
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.attention.flex_attention as flex_attention_module
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.utils._triton import has_triton
 
 from llmtrain.errors import UserError
 from llmtrain.model.kernels.interface import Kernel, Visibility
@@ -201,7 +205,8 @@ def _window_lists(
 ) -> _Lists:
     """The lists for each head, less the blocks that are too far away for it."""
     size, cap = int(block), None if softcap is None else float(softcap)
-    kept = kept_blocks(measure(q, k, float(scale), size), slopes, size, k.shape[2] - q.shape[2], slack, cap)
+    bounds = measure(q, k, float(scale), size, softcap=cap)
+    kept = kept_blocks(bounds, slopes, size, k.shape[2] - q.shape[2], slack, cap)
     return _lists(some & kept, every & kept)
 
 
@@ -266,7 +271,11 @@ def _attend_with(options: dict[str, Any] | None) -> Callable[..., Tensor]:
             blocks = _block_mask(mask, *lists)
         function = _attend_behind if mask.first else _attend_square
         mod = score_mod(mask.slopes, mask.offset, cap)
-        return _call(function, q, k, v, mod, blocks, scale, options)  # type: ignore[no-any-return]
+        head_dim = q.shape[-1]
+        if head_dim < SMALLEST_HEAD:  # zeros change no score
+            q, k, v = (F.pad(x, (0, SMALLEST_HEAD - head_dim)) for x in (q, k, v))
+        out: Tensor = _call(function, q, k, v, mod, blocks, scale, options)
+        return out[..., :head_dim]
 
     return attend
 
@@ -278,17 +287,39 @@ def _check(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> None:
             f"attn_config.attn_pdrop: {dropout_p}: FlexAttention has no dropout; set attn_pdrop to 0, or attn_impl to "
             "sdpa or flash"
         )
-    if q.device.type == "cpu":
-        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-            raise UserError(
-                "attn_config.attn_impl: flex cannot train on the CPU, as FlexAttention has no backward pass there; "
-                "set it to blockwise (or auto)"
-            )
-    elif q.shape[-1] < SMALLEST_HEAD:
+    wanted = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if wanted and q.device.type == "cpu":
         raise UserError(
-            f"attn_config.attn_impl: flex needs a head_dim of at least {SMALLEST_HEAD}; d_model / n_heads is "
-            f"{q.shape[-1]}. Set attn_impl to sdpa"
+            "attn_config.attn_impl: flex cannot train on the CPU, as FlexAttention has no backward pass there; set it "
+            "to blockwise (or auto)"
         )
+
+
+def missing(device: torch.device, backend: str = "triton") -> str | None:
+    """Why FlexAttention cannot be used on that device and what to do, or None."""
+    if device.type == "cpu":
+        return None  # a reference, without gradients
+    if not has_triton():
+        return (
+            "attn_config.attn_impl: flex needs Triton and a GPU that it compiles for (`pip install triton`); set "
+            "attn_impl to auto"
+        )
+    options = getattr(flex_attention_module, "FlexKernelOptions", None)
+    if backend == "flash" and "BACKEND" not in getattr(options, "__annotations__", {}):
+        return f"attn_config.flex_backend: torch {torch.__version__} has no flash backend; set it to triton"
+    if backend == "flash" and not _has_flash_4():
+        return (
+            "attn_config.flex_backend: flash needs FlashAttention 4 (the package flash-attn-4, imported as "
+            "flash_attn.cute), which is not installed; set it to triton"
+        )
+    return None
+
+
+def _has_flash_4() -> bool:
+    try:
+        return find_spec("flash_attn.cute") is not None
+    except ImportError:
+        return False
 
 
 FLEX = Kernel("flex", FlexMask, _attend_with(None))

@@ -1,6 +1,6 @@
 """Which attention kernel a forward uses, and why."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -11,6 +11,9 @@ from llmtrain.model.kernels.eager import EAGER
 from llmtrain.model.kernels.interface import Kernel, Visibility
 from llmtrain.model.kernels.sdpa import SDPA
 
+FLEX_FROM = 1024
+"""Queries from which on `auto` takes FlexAttention on a GPU: below (short prompts, tokens behind a cache) a dense
+bias is small, and nothing has to be compiled."""
 NAMES = ("auto", "eager", "sdpa", "blockwise", "flex", "flash")
 
 
@@ -21,7 +24,14 @@ class Choice(NamedTuple):
     reason: str
 
 
-def select(attn_impl: str, seen: Visibility, *, dropout: bool = False, softcap: bool = False) -> Choice:
+def select(
+    attn_impl: str,
+    seen: Visibility,
+    *,
+    dropout: bool = False,
+    softcap: bool = False,
+    flex_backend: Literal["triton", "flash"] = "triton",
+) -> Choice:
     """The kernel for `attn_impl` and this forward.
 
     Args:
@@ -29,6 +39,7 @@ def select(attn_impl: str, seen: Visibility, *, dropout: bool = False, softcap: 
         seen: what is attended to: lengths, device, dtype, masks.
         dropout: whether attention weights are dropped out.
         softcap: whether scores are soft-capped.
+        flex_backend: `model.attn_config.flex_backend`.
 
     Raises:
         UserError: that kernel does not exist, is not installed, or cannot compute what is asked for.
@@ -50,9 +61,44 @@ def select(attn_impl: str, seen: Visibility, *, dropout: bool = False, softcap: 
             return Choice(SDPA, "attn_impl sdpa: as asked for")
         case "blockwise":
             return Choice(BLOCKWISE, "attn_impl blockwise: as asked for")
+        case "flex":
+            return Choice(_flex(seen, dropout, flex_backend), "attn_impl flex: as asked for")
+        case "flash":
+            return Choice(_flash(seen), "attn_impl flash: as asked for")
         case "torch" | "triton":
             return Choice(SDPA, f"attn_impl {attn_impl} is llm-foundry's name -> sdpa, which computes the same")
     raise UserError(f"attn_config.attn_impl: {attn_impl!r} is unknown; set it to {', '.join(NAMES)}")
+
+
+def _flex(seen: Visibility, dropout: bool, backend: str) -> Kernel:
+    """FlexAttention, or UserError. Imported here: it takes seconds, and most runs on a CPU do without."""
+    from llmtrain.model.kernels import flex
+
+    if dropout:
+        raise UserError("attn_config.attn_impl: flex has no dropout (attn_pdrop); set it to auto, sdpa or flash")
+    if problem := flex.missing(seen.device, backend):
+        raise UserError(problem)
+    return flex.FLEX_FLASH if backend == "flash" else flex.FLEX
+
+
+def _flash(seen: Visibility) -> Kernel:
+    """flash-attn, or UserError."""
+    from llmtrain.model.kernels import flash
+
+    if seen.device.type != "cuda":
+        raise UserError(
+            f"attn_config.attn_impl: flash (the flash-attn package) needs a CUDA device, and this run is on "
+            f"{seen.device.type}; set it to auto"
+        )
+    if problem := flash.missing():
+        raise UserError(problem)
+    return flash.FLASH
+
+
+def _flex_is_there(seen: Visibility) -> bool:
+    from llmtrain.model.kernels import flex
+
+    return flex.missing(seen.device) is None
 
 
 def _automatic(seen: Visibility, dropout: bool, softcap: bool) -> tuple[Kernel, str]:
@@ -69,6 +115,8 @@ def _automatic(seen: Visibility, dropout: bool, softcap: bool) -> tuple[Kernel, 
     plain = seen.slopes is None and seen.padding is None and seen.documents is None and seen.window is None
     if plain and not softcap:
         return SDPA, f"torch's fused causal attention, the fastest kernel for {device} without a bias"
+    if min(seen.n_queries, seen.n_keys) >= FLEX_FROM and seen.dtype != torch.float64 and _flex_is_there(seen):
+        return _flex(seen, dropout, "triton"), "block-sparse and compiled: no T x T bias, ALiBi windows"
     if softcap or seen.n_queries * seen.n_keys > LONGEST**2 or seen.dtype == torch.float64:
         return BLOCKWISE, "no fused kernel here takes this length or soft-capping"
     return SDPA, f"torch's fused attention, the fastest kernel installed for {device}"

@@ -5,7 +5,9 @@ query with its own key, s_ii = q_i.k_i * scale, where the distance is 0. No scor
 slope * (i - j). So once that bound is below s_ii - ln 2^25 - ln T, all keys from there on, at most T of them, weigh
 together less than 2^-25 of the sum: half of float32's last bit. With soft-capping both sides go through the cap.
 
-Norms are measured, on q and k as the kernel gets them: the windows are exact for whatever the weights are.
+What all keys have in common (trained keys share a large part) moves a row's scores alike and drops out of its softmax.
+So the keys' mean is taken off first, but with soft-capping, which is not linear. Norms are measured on q and k as the
+kernel gets them: the windows are exact for whatever the weights are.
 """
 
 import math
@@ -36,7 +38,7 @@ class Bounds(NamedTuple):
     """Smallest q_i.k_i * scale of the block's queries."""
 
 
-def measure(q: Tensor, k: Tensor, scale: float, block: int | None = None) -> Bounds:
+def measure(q: Tensor, k: Tensor, scale: float, block: int | None = None, *, softcap: float | None = None) -> Bounds:
     """Norms and own scores; q (batch, heads, n_queries, head_dim), k (batch, kv_heads, n_keys, head_dim).
 
     The queries are the last n_queries positions. Without a `block` all positions make one. No gradient flows.
@@ -44,6 +46,8 @@ def measure(q: Tensor, k: Tensor, scale: float, block: int | None = None) -> Bou
     q, k = q.detach(), k.detach()
     if q.dtype != torch.float64:
         q, k = q.float(), k.float()
+    if softcap is None:
+        k = k - k.mean(dim=2, keepdim=True)
     groups = q.shape[1] // k.shape[1]
     grouped = q.view(q.shape[0], k.shape[1], groups, *q.shape[2:])
     own_keys = k[:, :, k.shape[2] - q.shape[2] :].unsqueeze(2)
@@ -63,7 +67,7 @@ def kept_blocks(
     """Which key blocks a query block has to look at, (batch, heads, query blocks, key blocks) bool.
 
     Args:
-        bounds: measured with the same `block`.
+        bounds: measured with the same `block` and `softcap`.
         slopes: (heads,).
         block: positions of a block.
         first: position of the first query.
