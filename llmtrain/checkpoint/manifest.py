@@ -53,6 +53,8 @@ class Manifest(BaseModel):
     recipe: dict[str, Any]
     """The resolved recipe that the run had."""
     tokenizer_fingerprint: str | None = None
+    attention: dict[str, str] = {}
+    """`kernel`: what computed attention in training; `reason`: why that one."""
     weights_only: bool = False
     """Optimizer, random state and data position were left out: weights to start from, not a run to continue."""
     versions: dict[str, str] = {}
@@ -82,6 +84,7 @@ def write(
     files: Mapping[str, FileEntry],
     recipe: Mapping[str, Any],
     tokenizer_fingerprint: str | None,
+    attention: Mapping[str, str] | None = None,
     weights_only: bool = False,
 ) -> None:
     """Declare a checkpoint complete: write its manifest under a temporary name, sync it to disk and rename it.
@@ -94,6 +97,7 @@ def write(
         files: Name relative to ``folder`` -> its :func:`file_entry` (each rank may hash its own files).
         recipe: The resolved recipe; must be JSON.
         tokenizer_fingerprint: Of the run's tokenizer, or None.
+        attention: The kernel that computed it, and why.
         weights_only: The checkpoint holds weights and nothing to continue from.
     """
     for name in files:
@@ -105,6 +109,7 @@ def write(
         files=dict(sorted(files.items())),
         recipe=dict(recipe),
         tokenizer_fingerprint=tokenizer_fingerprint,
+        attention=dict(attention or {}),
         weights_only=weights_only,
         versions=_versions(),
     ).model_dump(mode="json")

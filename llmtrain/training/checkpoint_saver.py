@@ -33,7 +33,7 @@ class CheckpointSaver(Callback):  # type: ignore[misc]
         keep: number of newest checkpoints to keep; -1 keeps all.
         weights_only: leave the optimizer and the rest of the training state out.
         ignore_keys: glob patterns of state keys to leave out.
-        record: what the manifest tells besides files: recipe, tokenizer fingerprint.
+        record: what the manifest tells besides files: recipe, tokenizer fingerprint, attention kernel.
         refused: names of checkpoints in `folder` that were found damaged; they do not count for `keep`.
         replaces: checkpoints of an earlier run; deleted when the first new one is complete.
     """
@@ -156,6 +156,7 @@ class CheckpointSaver(Callback):  # type: ignore[misc]
             files=entries,
             recipe=self.record["recipe"],
             tokenizer_fingerprint=self.record["tokenizer_fingerprint"],
+            attention=self.record.get("attention"),
             weights_only=self.weights_only,
         )
         final = self.folder / name

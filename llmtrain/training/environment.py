@@ -147,6 +147,16 @@ def notes(recipe: Recipe) -> list[str]:
     return lines
 
 
+def attention_kernel(model: LanguageModel, device: torch.device, precision: str) -> dict[str, str]:
+    """`kernel`: what will compute attention in training on sequences of full length; `reason`: why that one."""
+    if isinstance(model.model, HFCausalLM):
+        name = str(model.model.config._attn_implementation)
+        return {"kernel": name, "reason": f"{name} of transformers"}
+    dtype = {"amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}.get(precision, torch.float32)
+    choice = model.model.transformer.expected_choice(device, dtype)
+    return {"kernel": choice.kernel.name, "reason": choice.reason}
+
+
 def summary(
     recipe: Recipe,
     model: LanguageModel,
@@ -160,11 +170,7 @@ def summary(
     ranks = dist.get_world_size()
     trained, whole = trainable_parameters(model), sum(p.numel() for p in model.parameters())
     frozen = "" if trained == whole else f", {trained:,} of them trained"
-    if isinstance(model.model, HFCausalLM):
-        attention = f"{model.model.config._attn_implementation} of transformers"
-    else:
-        dtype = {"amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}.get(precision, torch.float32)
-        attention = model.model.transformer.expected_choice(device, dtype).reason
+    attention = attention_kernel(model, device, precision)["reason"]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     tokens = batch.global_batch_size * recipe.max_seq_len
     degree = batch.sequence_parallel_degree

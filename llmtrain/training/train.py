@@ -93,7 +93,13 @@ def assemble(recipe: Recipe, start: resume.StartingPoint, device: torch.device) 
         model.model.ranks = SequenceParallel.of_this_rank(batch.sequence_parallel_degree, device.type)
     activation_checkpointing.apply(model.model, sharding.checkpointing, offload=sharding.offload_activations)
 
-    saver = build_saver(recipe, fingerprint_of(tokenizer), model, start)
+    saver = build_saver(
+        recipe,
+        model,
+        start,
+        tokenizer_fingerprint=fingerprint_of(tokenizer),
+        attention=environment.attention_kernel(model, device, precision),
+    )
     preemption = Preemption(saver)
     restore_rng = composer_adapter.RestoreRNG()
     # The order matters: the random state is restored first; a stop saves before the saver looks whether it is due.
@@ -202,9 +208,9 @@ def build_hf_model(recipe: Recipe, where: str, weights: Path | None, n_tokens: i
 
 
 def build_saver(
-    recipe: Recipe, tokenizer_hash: str, model: LanguageModel, start: resume.StartingPoint
+    recipe: Recipe, model: LanguageModel, start: resume.StartingPoint, **facts: Any
 ) -> CheckpointSaver | None:
-    """The checkpoint callback, or None when the recipe has no save_folder."""
+    """The checkpoint callback, or None when the recipe has no save_folder; `facts` go to each checkpoint's manifest."""
     folder = resume.save_folder(recipe)
     if folder is None:
         return None
@@ -212,7 +218,7 @@ def build_saver(
     n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad or not model.should_save_peft_only)
     if warning := free_space_warning(folder, n_parameters, recipe.save_num_checkpoints_to_keep):
         environment.say(f"warning: {warning}")
-    record: dict[str, Any] = {"recipe": recipe.model_dump(mode="json"), "tokenizer_fingerprint": tokenizer_hash}
+    record: dict[str, Any] = {"recipe": recipe.model_dump(mode="json"), **facts}
     return CheckpointSaver(
         folder,
         recipe.save_interval,

@@ -24,6 +24,7 @@ def make(
         files={name: manifest.file_entry(folder / name) for name in names},
         recipe={"model": {"d_model": 8, "betas": (0.9, 0.95), 3: None}},
         tokenizer_fingerprint="ab" * 32,
+        attention={"kernel": "sdpa", "reason": "the fastest here"},
     )
     return folder
 
@@ -39,6 +40,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     content = manifest.read(folder)
     assert (content.kind, content.step, content.tokens, content.format) == ("sharded", 3, 192, 1)
     assert content.recipe == {"model": {"d_model": 8, "betas": [0.9, 0.95], "3": None}}
+    assert content.attention == {"kernel": "sdpa", "reason": "the fastest here"}
     assert content.versions["torch"]
     assert manifest.verify(folder) == []
     assert sorted(p.name for p in folder.iterdir()) == [".metadata", "__0_0.distcp", "__1_0.distcp", "manifest.json"]

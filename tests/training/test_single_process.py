@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from llmtrain.checkpoint import manifest
 from llmtrain.checkpoint.read import read_weights
 from llmtrain.testing.corpus import TinyCorpus
 from llmtrain.testing.launch import Run, launch
@@ -25,6 +26,9 @@ def test_killed_and_restarted_run_is_the_same_bit_for_bit(corpus: TinyCorpus, tm
     assert again.code == 0, again.output
     assert "step 6" in again.output
     assert list(whole.metrics("loss/train/total")) == list(range(12))
+    attention = manifest.read(whole.folder / "checkpoints/ep0-ba12").attention
+    assert attention["reason"] in whole.output
+    assert attention["reason"].startswith(f"attn_impl auto -> {attention['kernel']}")
     assert again.metrics("loss/train/total") == whole.metrics("loss/train/total")
     (_, expected), (_, weights) = (read_weights(run.folder / "checkpoints/ep0-ba12") for run in (whole, again))
     assert weights.keys() == expected.keys()
