@@ -58,12 +58,12 @@ def _one_of_any_case(value: Any) -> Any:
 
 
 class CompileConfig(Config):
-    """Arguments of torch.compile."""
+    """Arguments of torch.compile, which is applied to each block."""
 
-    fullgraph: bool = False
-    """A graph break is an error."""
+    fullgraph: bool | None = None
+    """A graph break is an error. Null: for MPT, whose blocks have none, but not for Hugging Face models."""
     dynamic: bool | None = None
-    """Compile for shapes that change."""
+    """Compile for shapes that change. Null: once a second length is seen."""
     backend: str = "inductor"
     """Which compiler."""
     mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] | None = None

@@ -23,6 +23,7 @@ from llmtrain.training.agreement import from_all_ranks, from_rank_zero
 from llmtrain.training.algorithms import build_algorithms
 from llmtrain.training.callbacks import build_callbacks
 from llmtrain.training.checkpoint_saver import CheckpointSaver, free_space_warning
+from llmtrain.training.compile import compile_blocks
 from llmtrain.training.console import Console
 from llmtrain.training.data import Loaders, open_tokenizer
 from llmtrain.training.fsdp import ShardingPlan, translate
@@ -94,6 +95,7 @@ def assemble(recipe: Recipe, start: resume.StartingPoint, device: torch.device) 
     activation_checkpointing.apply(model.model, sharding.checkpointing, offload=sharding.offload_activations)
 
     saver = build_saver(
+    compile_blocks(model.model, recipe.compile_config, device)
         recipe,
         model,
         start,
@@ -121,7 +123,7 @@ def assemble(recipe: Recipe, start: resume.StartingPoint, device: torch.device) 
         dist_timeout=recipe.dist_timeout,
         model=model,
         parallelism_config=composer_adapter.parallelism(sharding),
-        compile_config=recipe.compile_config.model_dump() if recipe.compile_config else None,
+        compile_config=None,  # Composer's is for the whole model; ours compiles blocks
         optimizers=optimizer,
         schedulers=build_scheduler(recipe.scheduler),
         algorithms=build_algorithms(recipe.algorithms),
