@@ -1,5 +1,6 @@
 # make train     from a fresh clone to a tiny MPT that is trained, exported and generates; again: resumes, or says it is complete
 # make twins     the same, and then: the tiny model learns to answer questions about Python's library, and to chat
+# make storywriter  the tiny model goes on learning, in windows of 65,536 tokens
 # make test      the tests that CI runs
 # make test-pip  the fast tests in the second environment: plain pip, torch 2.7.0
 PYTHON   ?= python3
@@ -9,7 +10,7 @@ BIN      := $(VENV)/bin
 RANKS    ?= 2
 TEST     ?=
 
-.PHONY: setup train twins test test-pip lint clean
+.PHONY: setup train twins storywriter test test-pip lint clean
 
 setup: $(VENV)/.ready
 
@@ -38,6 +39,14 @@ twins: train
 	$(BIN)/llmtrain export runs/mpt-tiny-chat runs/mpt-tiny-chat/export
 	printf '%s\n' 'What is `argparse.ArgumentParser`?' '>>> 2 + 3' | $(BIN)/llmtrain chat runs/mpt-tiny-chat/export --temperature 0 --max-new-tokens 48
 	@echo "loss curves runs/mpt-tiny-instruct/loss.png runs/mpt-tiny-chat/loss.png"
+
+# The CPU twin of MPT-7B-StoryWriter. LONG=16384 is a quick look at the same: rows are cut, and the run has another name.
+LONG     ?= 65536
+STORY    := mpt-tiny-storywriter$(if $(filter-out 65536,$(LONG)),-$(LONG))
+storywriter: train
+	$(BIN)/llmtrain prep data_prep/tiny-storywriter.yaml
+	$(BIN)/composer -n $(RANKS) train.py yamls/mpt-tiny-storywriter.yaml max_seq_len=$(LONG) run_name=$(STORY)
+	@echo "by position runs/$(STORY)/loss_by_position.png"
 
 test: setup
 	$(BIN)/ruff check .

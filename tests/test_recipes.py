@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from llmtrain.model.config import MPTConfig
 from llmtrain.model.flops import n_params
 from llmtrain.model.mpt import MPT
 from llmtrain.prep.config import PrepRecipe
@@ -24,6 +25,7 @@ PARAMETERS = {
     "mpt-tiny": None,
     "mpt-tiny-instruct": None,
     "mpt-tiny-chat": None,
+    "mpt-tiny-storywriter": None,
     "mpt-125m": 123_685_632,
     "mpt-350m": 353_682_432,
     "mpt-760m": 757_016_064,
@@ -32,6 +34,7 @@ PARAMETERS = {
     "mpt-7b": 6_649_286_656,  # published
     "mpt-7b-instruct": 6_649_286_656,
     "mpt-7b-chat": 6_649_286_656,
+    "mpt-7b-storywriter": 6_649_286_656,
     "mpt-13b": 12_841_538_560,
     "mpt-30b": 29_957_200_896,  # the model card says 29.95B
 }
@@ -124,7 +127,7 @@ def test_each_figure_has_its_source_or_says_unpublished(name: str) -> None:
             block = line.split(":")[0]
         value = re.match(r"\s*[\w]+: +(?!mpt_causal_lm|auto|mixed|meta|sharded|\$\{)[^#\s]", line)
         if value and (block in top or (block in blocks and line.startswith(" "))):
-            assert re.search(r"# .*(\[(card|config|ladder|mpt-7b|base|sft|instruct)\]|unpublished)", line), line
+            assert re.search(r"# .*(\[(card|config|ladder|mpt-7b|base|sft|instruct|blog)\]|unpublished)", line), line
 
 
 def test_the_committed_schema_is_the_current_one() -> None:
@@ -175,6 +178,50 @@ def test_instruct_is_the_published_run() -> None:
     assert (recipe.max_duration, recipe.global_train_batch_size, recipe.max_seq_len) == ("2ep", 48, 2048)
     dataset = recipe.finetuning_loaders()["train_loader"].dataset
     assert (dataset.target_prompts, dataset.target_responses, dataset.packs) == ("none", "last", False)
+
+
+def test_storywriter_is_the_published_run() -> None:
+    """Its config.json, its card and the announcement; the rest of the model is the base model's."""
+    recipe, base = (load_recipe(YAMLS / f"mpt-7b{name}.yaml") for name in ("-storywriter", ""))
+    attention = recipe.model.attn_config
+    assert (recipe.max_seq_len, recipe.max_duration, recipe.device_train_microbatch_size) == (65536, "2500ba", 1)
+    assert (attention.alibi, attention.alibi_bias_max, attention.clip_qkv) == (True, 16, 6)
+    assert recipe.fsdp_config is not None
+    assert recipe.fsdp_config.activation_checkpointing
+    assert recipe.model.pretrained == f"runs/{base.run_name}"
+    assert differing(base.model, recipe.model) == {"attn_config.alibi_bias_max", "attn_config.clip_qkv"}
+
+
+@pytest.mark.parametrize("size", ["7b", "tiny"])
+def test_storywriter_reads_rows_of_one_long_document_each(size: str) -> None:
+    recipe = load_recipe(YAMLS / f"mpt-{size}-storywriter.yaml")
+    data = load_data_recipe(DATA_PREP / f"{'mpt-7b' if size == '7b' else 'tiny'}-storywriter.yaml")
+    assert isinstance(data, PrepRecipe)
+    assert (data.cut, data.max_seq_len, data.min_document_tokens) == ("documents", 65536, 65536)
+    assert recipe.max_seq_len == data.max_seq_len
+    assert data.has_validation()
+    for loader in (recipe.train_loader, *recipe.eval_loader):
+        assert loader.dataset.local == data.out
+    assert recipe.callbacks is not None
+    assert recipe.callbacks.loss_by_position is not None
+
+
+def test_the_tiny_storywriter_is_of_the_tiny_base_model() -> None:
+    tiny, story = (load_recipe(YAMLS / f"mpt-tiny{name}.yaml") for name in ("", "-storywriter"))
+    data = load_data_recipe(DATA_PREP / "tiny-storywriter.yaml")
+    assert isinstance(data, PrepRecipe)
+    assert story.model.pretrained == f"runs/{tiny.run_name}"
+    assert tiny.tokenizer.name == story.tokenizer.name == data.tokenizer.name
+    assert differing(tiny.model, story.model) == {"attn_config.alibi_bias_max", "attn_config.clip_qkv"}
+
+
+def differing(base: MPTConfig, other: MPTConfig) -> set[str]:
+    """Keys of the model itself that differ; not those of training and of its length."""
+    run = {"init_device", "pretrained", "init_config", "max_seq_len"}
+    ours, theirs = (config.model_dump(exclude=run) for config in (base, other))
+    attention, its = ours.pop("attn_config"), theirs.pop("attn_config")
+    inside = {f"attn_config.{key}" for key in attention if attention[key] != its[key]}
+    return inside | {key for key in ours if ours[key] != theirs[key]}
 
 
 def test_meta_models_hold_no_memory() -> None:
