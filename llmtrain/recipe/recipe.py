@@ -384,6 +384,25 @@ class Recipe(Config):
         return self
 
     @model_validator(mode="after")
+    def _sequences_grow_to_their_length(self) -> Self:
+        warmup = self.algorithms.seq_length_warmup if self.algorithms is not None else None
+        if warmup is None:
+            return self
+        longest = self.train_loader.dataset.max_seq_len
+        if warmup.max_seq_length not in (None, longest):
+            raise mistake(
+                f"Sequences grow to `max_seq_len`, {longest} tokens here: longer ones do not exist, and with shorter "
+                "ones the rest would never be read. Remove it.",
+                "algorithms.seq_length_warmup.max_seq_length",
+            )
+        if warmup.min_seq_length > longest:
+            raise mistake(
+                f"`max_seq_len` is only {longest}.",
+                "algorithms.seq_length_warmup.min_seq_length",
+            )
+        return self
+
+    @model_validator(mode="after")
     def _sequences_can_be_shared(self) -> Self:
         degree = self.sequence_parallel_degree
         if degree == 1:

@@ -21,6 +21,8 @@ from llmtrain.training.environment import say
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+    from llmtrain.training.length_warmup import LengthWarmup
+
 FIRST_BATCH = "first_batch.txt"
 
 
@@ -64,13 +66,15 @@ class Loaders:
         self.batch = batch
         self.vocab_size = vocabulary(recipe, tokenizer)
 
-    def train(self) -> DataSpec:
-        """Training data."""
+    def train(self, warmup: "LengthWarmup | None" = None) -> DataSpec:
+        """Training data; with `warmup` its sequences grow."""
         loader = self._build(
             self.recipe.train_loader,
             device_batch_size=self.batch.device_batch_size,
             epoch_batches=self.recipe.train_subset_num_batches,
         )
+        if warmup is not None:
+            return warmup.data_spec(loader)
         return DataSpec(loader, get_num_tokens_in_batch=tokens_in_batch)
 
     def evaluators(self) -> list[Evaluator]:

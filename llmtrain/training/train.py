@@ -29,6 +29,7 @@ from llmtrain.training.data import Loaders, open_tokenizer
 from llmtrain.training.fsdp import ShardingPlan, translate
 from llmtrain.training.gradient_check import check_gradient_average
 from llmtrain.training.language_model import LanguageModel
+from llmtrain.training.length_warmup import LengthWarmup
 from llmtrain.training.loggers import build_loggers
 from llmtrain.training.optimizers import build_optimizer
 from llmtrain.training.preemption import EXIT_CODE, Preempted, Preemption
@@ -86,16 +87,17 @@ def assemble(recipe: Recipe, start: resume.StartingPoint, device: torch.device) 
     tokenizer = open_tokenizer(recipe)
     from_rank_zero(lambda: run.create(environment.recipe_yaml(recipe), tokenizer, anew=start.step == 0))
     loaders = Loaders(recipe, tokenizer, batch)
-    train_data, evaluators = loaders.train(), loaders.evaluators()
+    warmup = build_warmup(recipe)
+    train_data, evaluators = loaders.train(warmup), loaders.evaluators()
     loaders.show(train_data, run.path)
     model = build_model(recipe, sharding, start.weights, n_tokens=len(tokenizer))
     optimizer = build_optimizer(recipe.optimizer, model)
     if batch.sequence_parallel_degree > 1 and isinstance(model.model, MPT):
         model.model.ranks = SequenceParallel.of_this_rank(batch.sequence_parallel_degree, device.type)
     activation_checkpointing.apply(model.model, sharding.checkpointing, offload=sharding.offload_activations)
+    compile_blocks(model.model, recipe.compile_config, device)
 
     saver = build_saver(
-    compile_blocks(model.model, recipe.compile_config, device)
         recipe,
         model,
         start,
@@ -107,6 +109,7 @@ def assemble(recipe: Recipe, start: resume.StartingPoint, device: torch.device) 
     # The order matters: the random state is restored first; a stop saves before the saver looks whether it is due.
     callbacks = [
         restore_rng,
+        *([warmup] if warmup else []),
         *build_callbacks(recipe.callbacks, tokenizer, run.path, conversations=bool(recipe.finetuning_loaders())),
         preemption,
         *([saver] if saver else []),
@@ -207,6 +210,12 @@ def build_hf_model(recipe: Recipe, where: str, weights: Path | None, n_tokens: i
     if weights is not None and where != "meta":
         model.load_state_dict({f"model.{name}": value for name, value in read_tensors(weights).items()})
     return model
+
+
+def build_warmup(recipe: Recipe) -> LengthWarmup | None:
+    """What shortens sequences at the start of the run, if the recipe asks for it."""
+    cfg = recipe.algorithms.seq_length_warmup if recipe.algorithms is not None else None
+    return LengthWarmup(cfg, recipe.train_loader.dataset.max_seq_len) if cfg is not None else None
 
 
 def build_saver(

@@ -196,6 +196,16 @@ SHAPE = {"d_model": 32, "n_heads": 2, "n_layers": 1}
         ({"model": {"name": "hf_t5"}}, "model.name", "`hf_causal_lm`"),
         ({"model": {"name": "mpt"}}, "model.name", "`mpt_causal_lm`, `hf_causal_lm`. Did you mean `mpt_causal_lm`?"),
         ({"batch_size": 8}, "batch_size", "`variables`"),
+        (
+            {"algorithms": {"seq_length_warmup": {"max_seq_length": 16}}},
+            "algorithms.seq_length_warmup.max_seq_length",
+            "the rest would never be read",
+        ),
+        (
+            {"algorithms": {"seq_length_warmup": {"truncate": False, "preserve_end_of_sequence": True}}},
+            "algorithms.seq_length_warmup.preserve_end_of_sequence",
+            "Nothing is cut off",
+        ),
         ({"model": SHAPE, "sequence_parallel_degree": 3}, "sequence_parallel_degree", "Choose a divisor"),
         (
             {"model": {"name": "hf_causal_lm", "pretrained_model_name_or_path": "x"}, "sequence_parallel_degree": 2},

@@ -8,6 +8,7 @@ from llmtrain.training.algorithms import AlgorithmsConfig, build_algorithms
 def test_nothing_asked_nothing_built() -> None:
     assert build_algorithms(None) == []
     assert build_algorithms(AlgorithmsConfig()) == []
+    assert build_algorithms(AlgorithmsConfig.model_validate({"seq_length_warmup": {}})) == []  # changes the data
 
 
 @pytest.mark.parametrize("kind", ["norm", "value", "adaptive"])
