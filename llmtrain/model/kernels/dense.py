@@ -22,8 +22,8 @@ def dense_bias(visibility: Visibility) -> Tensor:
     if n_queries * n_keys > LONGEST**2:
         raise UserError(
             f"attention over {n_keys} tokens would need a dense bias (ALiBi, padding or documents), which is limited "
-            f"to {LONGEST} tokens: set attn_config.attn_impl to auto, blockwise or flex, which need none, or max_seq_len "
-            f"to {LONGEST} or less"
+            f"to {LONGEST} tokens: set attn_config.attn_impl to auto, blockwise or flex, which need none, or "
+            f"max_seq_len to {LONGEST} or less"
         )
     dtype = torch.float64 if visibility.dtype == torch.float64 else torch.float32
     forbidden = torch.finfo(dtype).min
