@@ -17,7 +17,6 @@ from llmtrain.model.block import Block
 from llmtrain.model.cache import KVCache
 from llmtrain.model.config import MPTConfig
 from llmtrain.model.documents import PADDING, causality_is_enough, documents_of, positions_in
-from llmtrain.model.embedding import TokenEmbedding
 from llmtrain.model.init import init_module
 from llmtrain.model.kernels.interface import Attention, Visibility
 from llmtrain.model.kernels.select import Choice, select
@@ -88,7 +87,7 @@ class Transformer(nn.Module):
         self.slopes = tuple(alibi.slopes(config.n_heads, attn.alibi_bias_max)) if attn.alibi else None
         self.window = attn.sliding_window_size if attn.sliding_window_size > 0 else None
         self.choice: Choice | None = None
-        self.wte = TokenEmbedding(config.vocab_size, d, tied=config.tie_word_embeddings, device=device)
+        self.wte = nn.Embedding(config.vocab_size, d, device=device)
         if config.uses_learned_positions:
             self.wpe = nn.Embedding(config.max_seq_len, d, device=device)
         self.emb_drop = nn.Dropout(config.emb_pdrop)
