@@ -14,8 +14,8 @@ torch's default AdamW, which is a loop; `--peer-fused` gives them its fused kern
 denormal numbers, both of which llmtrain does by itself on a CPU. MPT's "bf16" is autocast over float32 weights.
 
 A case is SHAPE:PRECISION:LENGTH[xBATCH], such as 125m:bf16:512x2. A model is llmtrain, transformers or llm-foundry, and
-may have an attention kernel, +compile (of each block) and +ac (activation checkpointing of each block): llmtrain:flex,
-llm-foundry:flash+ac. Examples:
+may have an attention kernel, +compile (of each block), +ac (activation checkpointing of each block) and, llmtrain's
+only, +selective (all of the block but attention): llmtrain:flex+compile, llm-foundry:flash+ac. Examples:
 
     --cases tiny:fp32:512 tiny:fp32:8192 --models llmtrain transformers --rounds 5
     --cases 7b-block:bf16:2048x4 --models llmtrain:flash llmtrain:flex+compile llm-foundry:flash --one-at-a-time
@@ -56,6 +56,7 @@ SUITES = {
         *("7b-block:bf16:65536", "1b:bf16:65536"),
     ),
 }
+CHECKPOINTING = {"ac": "full", "selective": "selective"}
 AGREE = {"fp32": 2e-4, "bf16": 2e-3}
 """How far first losses may be apart."""
 WORKER = Path(__file__).with_name("step_worker.py")
@@ -71,9 +72,9 @@ class Case(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> "Case":
-        shape, precision, size = text.split(":")
+        shape, precision, size = [*text.split(":"), "", ""][:3]
         length, _, batch = size.partition("x")
-        if shape not in SHAPES or precision not in AGREE:
+        if shape not in SHAPES or precision not in AGREE or not length.isdigit() or not (batch or "1").isdigit():
             raise SystemExit(f"--cases: {text!r} is not SHAPE:PRECISION:LENGTH[xBATCH]; shapes are {', '.join(SHAPES)}")
         return cls(shape, precision, int(length), int(batch or 1))
 
@@ -84,15 +85,16 @@ class Model(NamedTuple):
     kind: str
     attention: str
     compiled: bool
-    checkpointing: bool
+    checkpointing: str | None
 
     @classmethod
     def parse(cls, text: str) -> "Model":
         name, *options = text.split("+")
         kind, _, attention = name.partition(":")
-        if kind not in ("llmtrain", "transformers", "llm-foundry") or set(options) - {"compile", "ac"}:
+        if kind not in ("llmtrain", "transformers", "llm-foundry") or set(options) - {"compile", *CHECKPOINTING}:
             raise SystemExit(f"--models: {text!r} is not llmtrain, transformers or llm-foundry[:KERNEL][+compile][+ac]")
-        return cls(kind, attention or "auto", "compile" in options, "ac" in options)
+        checkpointing = next((CHECKPOINTING[option] for option in options if option in CHECKPOINTING), None)
+        return cls(kind, attention or "auto", "compile" in options, checkpointing)
 
 
 def main() -> None:
@@ -243,8 +245,9 @@ def summary(case: Case, found: dict[str, Any], args: argparse.Namespace, device:
             one["time_ratio"] = statistics.median(a[clock] / b[clock] for a, b in pairs)
             one["memory_ratio"] = first["peak_bytes"] / one["peak_bytes"]
     losses = [one["steps"][0]["loss"] for one in found.values() if one["steps"]]
-    apart = max(losses) - min(losses) if losses else 0.0
-    return {"models": found, "loss_difference": apart, "losses_apart": not apart <= AGREE[case.precision]}
+    differences = [abs(loss - losses[0]) for loss in losses]
+    agree = all(difference <= AGREE[case.precision] for difference in differences)  # of nan nothing is true
+    return {"models": found, "loss_difference": max(differences, default=0.0), "losses_apart": not agree}
 
 
 class Worker:

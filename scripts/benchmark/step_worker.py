@@ -60,7 +60,7 @@ class Side:
         amp: bool,
         attention: str,
         device: str,
-        checkpointing: bool,
+        checkpointing: str | None,
         compile_blocks: bool,
         fused: bool,
         flush: bool,
@@ -82,12 +82,21 @@ class Side:
         fill(self.model, shape["n_layers"], query_key_gain)
         blocks = self.model.transformer.blocks
         for i in range(len(blocks)):
-            if checkpointing:
+            if checkpointing and self.kind != "llmtrain":
                 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
                 blocks[i] = checkpoint_wrapper(blocks[i])
-            if compile_blocks:
+            if compile_blocks and self.kind != "llmtrain":
                 blocks[i].compile(dynamic=False)
+        if checkpointing and self.kind == "llmtrain":
+            from llmtrain.training import activation_checkpointing
+
+            activation_checkpointing.apply(self.model, checkpointing)
+        if compile_blocks and self.kind == "llmtrain":
+            from llmtrain.recipe.recipe import CompileConfig
+            from llmtrain.training.compile import compile_blocks as compile_ours
+
+            compile_ours(self.model, CompileConfig(), self.device)
         self.optimizer = optimizer(self.kind, self.model, fused)
         generator = torch.Generator().manual_seed(1)
         ids = torch.randint(0, shape["vocab_size"], (batch, length), generator=generator)
@@ -118,10 +127,11 @@ class Side:
         return {"cpu": cpu, "wall": wall, "peak_bytes": peak, "loss": float(loss.detach())}
 
     def kernel(self) -> Task:
-        """Which attention kernel ran, and with ALiBi windows which share of the causal blocks it looked at."""
+        """Which attention kernel ran; of blockwise also the share of the causal pairs that ALiBi windows kept."""
         if self.kind != "llmtrain":
             return {}
-        return {"kernel": self.model.transformer.choice.kernel.name, "kept": None}
+        name = self.model.transformer.choice.kernel.name
+        return {"kernel": name, "kept": share_kept(self.model, self.ids) if name == "blockwise" else None}
 
     def reference(self, path: str, length: int) -> Task:
         """Writes the logits of llmtrain's eager kernel in float64."""
@@ -142,10 +152,33 @@ class Side:
 
 def as_in_training() -> None:
     """What `llmtrain train` sets on a CPU."""
+    from llmtrain.model.kernels.denormals import flush_denormals
     from llmtrain.training.host_memory import keep_freed_memory
 
+    flush_denormals()
     keep_freed_memory()
-    torch.set_flush_denormal(True)
+
+
+def share_kept(model: Any, ids: torch.Tensor) -> float:
+    """Of all causal pairs of a query and a key in all heads and layers, how many the blockwise kernel computes."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    pairs = [0, 0]
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if func is torch.ops.llmtrain.blockwise_attention.default:
+                for (_, first, end, *_), begins in zip(args[3].tolist(), out[2].tolist(), strict=True):
+                    n = end - first
+                    for begin in begins:
+                        pairs[0] += n * (end - begin) - n * (n - 1) // 2
+                        pairs[1] += n * end - n * (n - 1) // 2
+            return out
+
+    with torch.no_grad(), Count():
+        model(ids, labels=ids)
+    return pairs[0] / pairs[1]
 
 
 def build_llmtrain(shape: dict[str, int], length: int, attention: str, device: torch.device) -> Any:
