@@ -132,7 +132,8 @@ def generate(
     source: Annotated[Path, typer.Argument(help="An export, a run, or a checkpoint.")],
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given several times.")] = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="A .txt file (a prompt a line) or .jsonl (field `prompt`).")
+        Path | None,
+        typer.Option(help="A .txt file (a prompt a line) or .jsonl (field `prompt`); `< FILE` is one prompt."),
     ] = None,
     max_new_tokens: int = 64,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.8,

@@ -32,7 +32,8 @@ def render(tokenizer: "PreTrainedTokenizerFast", messages: Sequence[Mapping[str,
 
 def encode(tokenizer: "PreTrainedTokenizerFast", text: str) -> list[int]:
     """Token ids of a rendering: the template has written what special tokens there are."""
-    return list(tokenizer.encode(text, add_special_tokens=False))
+    # Not verbose: transformers would warn of texts longer than the training length, which a model may well take.
+    return list(tokenizer.encode(text, add_special_tokens=False, verbose=False))
 
 
 class Conversation:

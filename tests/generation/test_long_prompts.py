@@ -9,10 +9,12 @@ import torch
 
 from llmtrain.generation import prefill_progress
 from llmtrain.generation.command import generate_command
+from llmtrain.generation.conversation import encode
 from llmtrain.generation.decoder import CHUNK, CachedDecoder, RecomputingDecoder
 from llmtrain.generation.generate import generate
 from llmtrain.model.cache import SPARE
 from llmtrain.model.mpt import MPT
+from llmtrain.tokenizer import TokenizerConfig, load_tokenizer
 
 GROUPED_ROPE = {"rope": True, "attn_type": "grouped_query_attention", "kv_n_heads": 2}
 KINDS: dict[str, dict[str, Any]] = {
@@ -81,3 +83,11 @@ def test_progress_is_silent_where_it_is_quick(capsys: pytest.CaptureFixture[str]
     for done in (0, 2048, 4000):
         report(done, 4000)
     assert capsys.readouterr().err == ""
+
+
+def test_a_text_longer_than_the_training_length_needs_no_warning(
+    tokenizer: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    opened = load_tokenizer(TokenizerConfig(name=str(tokenizer), kwargs={"model_max_length": 2}))
+    assert len(encode(opened, "the quick brown fox")) > 2
+    assert capfd.readouterr().err == ""
