@@ -14,6 +14,8 @@ from llmtrain.generation.conversation import encode
 from llmtrain.generation.decoder import CHUNK, CachedDecoder, RecomputingDecoder
 from llmtrain.generation.generate import generate
 from llmtrain.model.cache import SPARE
+from llmtrain.model.kernels.interface import Visibility
+from llmtrain.model.kernels.select import select
 from llmtrain.model.mpt import MPT
 from llmtrain.tokenizer import TokenizerConfig, load_tokenizer
 
@@ -61,6 +63,16 @@ def test_position_70_000(make_model: Any, attention: dict[str, Any], kept: int) 
     assert answer == logits[0, -3:].argmax(-1).tolist()
     assert decoder.cache.length == 70_002
     assert decoder.cache.n_bytes == kept * 2 * 2 * 8 * 4
+
+
+def test_on_a_gpu_a_chunk_takes_no_dense_bias() -> None:
+    """Without ALiBi whole prompts and single tokens take torch's fused kernel, which has no chunks behind a cache."""
+
+    def chosen(n_queries: int) -> str:
+        return select("auto", Visibility(n_queries, 70_000, torch.device("cuda"), torch.bfloat16)).kernel.name
+
+    assert chosen(70_000) == chosen(1) == "sdpa"
+    assert chosen(CHUNK) in ("flex", "blockwise")
 
 
 def test_progress_of_a_long_prompt(

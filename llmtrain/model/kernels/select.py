@@ -113,7 +113,8 @@ def _automatic(seen: Visibility, dropout: bool, softcap: bool) -> tuple[Kernel, 
     if device == "cpu":
         return BLOCKWISE, "exact, with memory of O(T), and the fastest kernel for cpu"
     plain = seen.slopes is None and seen.padding is None and seen.documents is None and seen.window is None
-    if plain and not softcap:
+    # A chunk of a prompt behind a cache is neither the whole triangle nor one row: it would take a dense bias.
+    if plain and not softcap and seen.n_queries in (1, seen.n_keys):
         return SDPA, f"torch's fused causal attention, the fastest kernel for {device} without a bias"
     if min(seen.n_queries, seen.n_keys) >= FLEX_FROM and seen.dtype != torch.float64 and _flex_is_there(seen):
         return _flex(seen, dropout, "triton"), "block-sparse and compiled: no T x T bias, ALiBi windows"
