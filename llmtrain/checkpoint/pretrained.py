@@ -27,7 +27,7 @@ _BELONG_TO_THE_RUN: dict[str, Any] = {
     # What a recipe says about training, whatever the weights were trained with before.
     **dict.fromkeys(("name", "pretrained", "init_config", "init_device", "loss_fn", "use_cache", "verbose"), True),
     **dict.fromkeys(("resid_pdrop", "emb_pdrop", "embedding_fraction"), True),
-    "attn_config": {"attn_pdrop", "attn_impl", "attn_uses_sequence_id", "alibi_window"},
+    "attn_config": {"attn_pdrop", "attn_impl", "attn_uses_sequence_id", "alibi_window", "flex_backend"},
 }
 _MAY_DIFFER = {
     # The weights fit and are the same function to begin with or nearly so; a published run does it (StoryWriter starts

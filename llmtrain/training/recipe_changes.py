@@ -15,6 +15,7 @@ FREE_MODEL_KEYS = {
     ("attn_config", "attn_pdrop"),
     ("attn_config", "attn_impl"),
     ("attn_config", "alibi_window"),
+    ("attn_config", "flex_backend"),
     ("attn_config", "attn_uses_sequence_id"),  # a single document is the same function with it and without
     ("init_config",),
     ("init_device",),

@@ -50,7 +50,7 @@ def test_no_key_is_forgotten() -> None:
     refused |= {"logit_scale", "no_bias", "attention_bias", "norm_type", "expansion_ratio", "ffn_hidden_size"}
     refused |= {"ffn_act_fn", "rope_theta", "rope_impl", "rope_dail_config", "rope_hf_config"}
     of_training = {"name", "pretrained", "init_config", "init_device", "loss_fn", "use_cache", "verbose", "attn_impl"}
-    of_training |= {"alibi_window", "activation_checkpointing_target", "attn_uses_sequence_id"}
+    of_training |= {"alibi_window", "flex_backend", "activation_checkpointing_target", "attn_uses_sequence_id"}
     one_value = {"use_pad_tok_in_ffn", "fc_type", "block_overrides", "nope", "kv_dim", "prefix_lm"}
     one_value |= {"attn_temperature_tuning", "attn_config", "ffn_config"}
     keys = {*MPTConfig.model_fields, *AttentionConfig.model_fields, *FFNConfig.model_fields}
