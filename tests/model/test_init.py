@@ -126,3 +126,26 @@ def test_a_module_without_a_rule_is_an_error() -> None:
     with pytest.raises(TypeError, match="Conv1d"):
         init_module(nn.Conv1d(1, 1, 1), config())
     init_module(nn.Sequential(nn.Conv1d(1, 1, 1)), config())  # owns nothing itself
+
+
+def test_slices_of_grouped_heads_and_gates() -> None:
+    """Each head of queries, keys and values has its own fan; the gate is drawn as up_proj is, down_proj is divided."""
+    torch.manual_seed(0)
+    attn = {"attn_type": "grouped_query_attention", "kv_n_heads": 2, "qk_gn": True}
+    init = {"name": "xavier_normal_", "init_gain": 1}
+    wide = MPTConfig(
+        d_model=D, n_heads=HEADS, n_layers=LAYERS, vocab_size=VOCAB, head_dim=48, attn_config=attn, init_config=init,
+        ffn_config={"ffn_type": "mptglu"},
+    )  # fmt: skip
+    weights = {n: p.detach() for n, p in MPT(wide).named_parameters()}
+    for layer in range(LAYERS):
+        block = f"transformer.blocks.{layer}."
+        pieces = weights[block + "attn.Wqkv.weight"].split(48)
+        assert len(pieces) == HEADS + 2 + 2
+        for piece in pieces:
+            assert_std(piece, math.sqrt(2 / (D + 48)))
+        assert_std(weights[block + "ffn.gate_proj.weight"], math.sqrt(2 / (5 * D)))
+        assert_std(weights[block + "ffn.down_proj.weight"], math.sqrt(2 / (5 * D)) / RESIDUAL)
+        assert_std(weights[block + "attn.out_proj.weight"], math.sqrt(2 / (D + HEADS * 48)) / RESIDUAL)
+        for norm in ("q_ln", "k_ln"):
+            assert torch.equal(weights[f"{block}attn.{norm}.weight"], torch.ones(48))

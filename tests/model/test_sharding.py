@@ -23,7 +23,15 @@ def mesh(tmp_path: Path) -> Iterator[DeviceMesh]:
     dist.destroy_process_group()
 
 
-def config(tied: bool) -> MPTConfig:
+WIDE: dict[str, Any] = {
+    "head_dim": 16,
+    "ffn_config": {"ffn_type": "mptglu"},
+    "attn_config": {"attn_type": "multiquery_attention", "rope": True, "qk_gn": True, "fused_qkv": False},
+    "final_logit_softcapping": 5.0,
+}
+
+
+def config(tied: bool, **wide: Any) -> MPTConfig:
     return MPTConfig(
         d_model=40,
         n_heads=5,
@@ -31,7 +39,7 @@ def config(tied: bool) -> MPTConfig:
         vocab_size=96,
         max_seq_len=32,
         tie_word_embeddings=tied,
-        attn_config={"alibi": True},
+        **{"attn_config": {"alibi": True}, **wide},
     )
 
 
@@ -46,11 +54,11 @@ def whole(t: Tensor) -> Tensor:
     return t.full_tensor()
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_sharded_equals_unsharded(mesh: DeviceMesh, tied: bool) -> None:
+@pytest.mark.parametrize(("tied", "wide"), [(True, {}), (False, {}), (True, WIDE)], ids=["tied", "untied", "wide"])
+def test_sharded_equals_unsharded(mesh: DeviceMesh, tied: bool, wide: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    plain = MPT(config(tied))
-    sharded = MPT(config(tied))
+    plain = MPT(config(tied, **wide))
+    sharded = MPT(config(tied, **wide))
     sharded.load_state_dict(plain.state_dict())
     shard(sharded, mesh, reshard_after_forward=True)
     ids = torch.randint(0, 96, (2, 32))
@@ -85,7 +93,7 @@ def test_meta_init_of_shards_draws_what_the_whole_model_draws(mesh: DeviceMesh, 
 def test_mixed_precision_does_not_round_the_bias(mesh: DeviceMesh) -> None:
     """FSDP2 casts every float tensor that it finds among a block's arguments; the ALiBi bias must not be found."""
     seen: list[torch.dtype] = []
-    model = MPT(config(tied=True))
+    model = MPT(config(tied=True, attn_config={"alibi": True, "attn_impl": "sdpa"}))
     shard(model, mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
     attn = model.transformer.blocks[0].attn
     attn.register_forward_pre_hook(lambda _, args: seen.extend([args[0].dtype, args[1].prepared.dtype]))
@@ -95,3 +103,15 @@ def test_mixed_precision_does_not_round_the_bias(mesh: DeviceMesh) -> None:
     assert seen == [torch.bfloat16, torch.float32]
     assert loss.dtype == torch.float32
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+def test_mixed_precision_does_not_round_the_rotation(mesh: DeviceMesh) -> None:
+    seen: list[torch.dtype] = []
+    model = MPT(config(tied=True, **WIDE))
+    shard(model, mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
+    attn = model.transformer.blocks[0].attn
+    attn.register_forward_pre_hook(lambda _, args: seen.extend([args[0].dtype, args[1].rotation.sin.dtype]))
+    ids = torch.randint(0, 96, (2, 32))
+    model(ids, labels=ids).loss.backward()
+    assert seen == [torch.bfloat16, torch.float32]
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
