@@ -18,7 +18,7 @@ from llmtrain.model.mpt import MPT
 
 CPU = torch.device("cpu")
 PLAIN = Visibility(8, 8, CPU, torch.float32)
-EAGER, SDPA = select("eager", PLAIN).kernel, select("sdpa", PLAIN).kernel
+EAGER, SDPA, BLOCKWISE = (select(name, PLAIN).kernel for name in ("eager", "sdpa", "blockwise"))
 
 
 def model(attn_impl: str, dtype: torch.dtype, n_heads: int, **attn: Any) -> MPT:
@@ -28,7 +28,7 @@ def model(attn_impl: str, dtype: torch.dtype, n_heads: int, **attn: Any) -> MPT:
         n_heads=n_heads,
         n_layers=2,
         vocab_size=64,
-        max_seq_len=128,
+        max_seq_len=300,
         attn_config={"attn_impl": attn_impl, **attn},
         norm_type="low_precision_rmsnorm" if n_heads == 5 else "low_precision_layernorm",
     )
@@ -45,8 +45,7 @@ def run(m: MPT, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, dict[str, Ten
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
-@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
-@pytest.mark.parametrize("length", [1, 33, 100])
+@pytest.mark.parametrize(("length", "padded"), [(1, False), (33, True), (100, False), (300, True)])
 @pytest.mark.parametrize(
     ("n_heads", "attn"),
     [
@@ -59,14 +58,15 @@ def run(m: MPT, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, dict[str, Ten
     ],
     ids=lambda x: str(x) if isinstance(x, int) else "-".join(f"{k}={v}" for k, v in x.items()),
 )
-def test_sdpa_is_eager(n_heads: int, attn: dict[str, Any], length: int, padded: bool, dtype: torch.dtype) -> None:
+def test_models_are_eager(n_heads: int, attn: dict[str, Any], length: int, padded: bool, dtype: torch.dtype) -> None:
     ids = torch.randint(0, 64, (2, length), generator=torch.Generator().manual_seed(length))
     mask = None
     if padded:
         mask = torch.ones_like(ids)
         mask[0, : length // 3] = 0
     expected, expected_grads = run(model("eager", torch.float64, n_heads, **attn), ids, mask)
-    actual, grads = run(model("sdpa", dtype, n_heads, **attn), ids, mask)
+    impl = "sdpa" if length == 100 else "blockwise"
+    actual, grads = run(model(impl, dtype, n_heads, **attn), ids, mask)
     atol = 1e-11 if dtype == torch.float64 else 3e-5
     torch.testing.assert_close(actual.double(), expected, rtol=atol, atol=atol)
     assert grads.keys() == expected_grads.keys()
@@ -88,7 +88,7 @@ def qkv(length: int, n_keys: int | None = None, dtype: torch.dtype = torch.float
     return [torch.randn(2, 5, n, 16, generator=g, dtype=torch.float64).to(dtype).requires_grad_() for n in sizes]
 
 
-@pytest.mark.parametrize("kernel", [EAGER, SDPA], ids=lambda k: k.name)
+@pytest.mark.parametrize("kernel", [EAGER, SDPA, BLOCKWISE], ids=lambda k: k.name)
 @pytest.mark.parametrize("slopes", [None, tuple(alibi.slopes(5))], ids=["plain", "alibi"])
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
 @pytest.mark.parametrize("n_queries", [1, 3, 24])
@@ -134,7 +134,7 @@ def test_documents_one_by_one_are_the_dense_bias(
         torch.testing.assert_close(actual, expected)
 
 
-@pytest.mark.parametrize("kernel", [EAGER, SDPA], ids=lambda k: k.name)
+@pytest.mark.parametrize("kernel", [EAGER, SDPA, BLOCKWISE], ids=lambda k: k.name)
 def test_documents_cannot_see_each_other(kernel: Kernel) -> None:
     documents = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2], [7, 7, 7, 7, 7, 7, 7, 7]])
     q, k, v = qkv(8)
@@ -146,7 +146,7 @@ def test_documents_cannot_see_each_other(kernel: Kernel) -> None:
     torch.testing.assert_close(together[1:], attention(kernel, q[1:], k[1:], v[1:], slopes=slopes))
 
 
-@pytest.mark.parametrize("kernel", [EAGER, SDPA], ids=lambda k: k.name)
+@pytest.mark.parametrize("kernel", [EAGER, SDPA, BLOCKWISE], ids=lambda k: k.name)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 @pytest.mark.parametrize("slopes", [None, tuple(alibi.slopes(5))], ids=["plain", "alibi"])
 def test_rows_of_padding_alone_stay_finite(
@@ -167,7 +167,7 @@ def test_rows_of_padding_alone_stay_finite(
     torch.testing.assert_close(out.double(), exact, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.03)
 
 
-@pytest.mark.parametrize("kernel", [EAGER, SDPA], ids=lambda k: k.name)
+@pytest.mark.parametrize("kernel", [EAGER, SDPA, BLOCKWISE], ids=lambda k: k.name)
 def test_autocast_does_not_round_the_bias(kernel: Kernel) -> None:
     """torch's autocast rounds SDPA's mask to bfloat16, where 1027 becomes 1024: here that is e^0 instead of e^-3."""
     n, far = 1100, 1027
@@ -211,6 +211,34 @@ def test_select() -> None:
         assert legacy in select(legacy, PLAIN).reason
     with pytest.raises(UserError, match="unknown"):
         select("flsh", PLAIN)
+
+
+@pytest.mark.parametrize(
+    ("options", "kernel"),
+    [({}, "blockwise"), ({"softcap": True}, "blockwise"), ({"dropout": True}, "sdpa")]
+    + [({"softcap": True, "dropout": True}, "eager")],
+)
+def test_auto_on_a_cpu(options: dict[str, bool], kernel: str) -> None:
+    choice = select("auto", PLAIN, **options)  # type: ignore[arg-type]
+    assert choice.kernel.name == kernel
+    assert f"auto -> {kernel}: " in choice.reason
+    assert len(choice.reason.splitlines()) == 1
+
+
+def test_what_a_kernel_cannot_do_is_said() -> None:
+    with pytest.raises(UserError, match="softcapping.*eager, blockwise or flex"):
+        select("sdpa", PLAIN, softcap=True)
+    with pytest.raises(UserError, match="blockwise has no dropout"):
+        select("blockwise", PLAIN, dropout=True)
+
+
+def test_dropout_with_one_row_of_alibi() -> None:
+    """The private kernel has no dropout: sdpa then takes the dense bias."""
+    q, k, v = qkv(40, dtype=torch.float32)
+    attend = Attention(SDPA, SDPA.prepare(Visibility(40, 40, CPU, q.dtype, slopes=tuple(alibi.slopes(5)))))
+    kept = attend(q, k, v, softmax_scale=0.25)
+    torch.testing.assert_close(attend(q, k, v, softmax_scale=0.25, dropout_p=1e-9), kept)
+    assert (attend(q, k, v, softmax_scale=0.25, dropout_p=0.9) - kept).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("bias_max", [8, 16])

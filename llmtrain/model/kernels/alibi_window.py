@@ -117,3 +117,19 @@ def share_kept(slopes: tuple[float, ...], n: int, bound: float, *, block: int = 
         far = min(blocks - 1, -(-window // block))  # key blocks before the diagonal that a query block still reads
         kept += (far + 1) * blocks - far * (far + 1) // 2
     return kept / (len(slopes) * blocks * (blocks + 1) / 2)
+
+
+def share_measured(first: Tensor, plan: Tensor) -> float:
+    """The share of the causal (head, query, key) triples in reach that a call of blockwise attention computed.
+
+    Args:
+        first: its third result, the first key of each block and head.
+        plan: its plan (`blockwise_plan.plan`).
+    """
+    computed = visible = 0.0
+    for block, starts in zip(plan.tolist(), first.double().mean(1).tolist(), strict=True):
+        _, begin, end, seen_from, *_ = block
+        own = (end - begin) * (end - begin + 1) / 2
+        computed += own + (end - begin) * (begin - starts)
+        visible += own + (end - begin) * (begin - seen_from)
+    return computed / visible

@@ -8,7 +8,12 @@ from torch import Tensor
 from llmtrain.model.kernels.interface import Visibility
 
 BLOCK = 1024
-"""Queries in a block, at most (measured, docs/log.md)."""
+"""Queries in a block, at most (measured, as the following; docs/log.md)."""
+BLOCK_WITH_ALIBI = 256
+"""With ALiBi in float32 and float64: its rounding grows with the block, and the time does not shrink."""
+BLOCK_OF_LONG = 512
+"""The same from `LONG` keys on, where fewer and larger pieces are a few percent faster."""
+LONG = 4096
 NARROWEST = 128
 """Queries in a block of a sliding window, at least."""
 SHORT = 32
@@ -45,15 +50,23 @@ def plan(seen: Visibility) -> tuple[Tensor, Tensor | None]:
     causality and the window say it all.
     """
     first = seen.n_keys - seen.n_queries
+    size = block_size(seen)
     if seen.documents is None and seen.padding is None:
-        return _table(_blocks(-1, first, 0, seen.n_keys, seen.window)), None
+        return _table(_blocks(-1, first, 0, seen.n_keys, seen.window, size)), None
     labels = _labels(seen)
     if seen.n_queries <= FEW:
         return _table([Block(-1, first, seen.n_keys, 0, 0, 0, 0, 0, seen.n_keys)]), labels
     blocks: list[Block] = []
     for row, numbers in enumerate(labels.cpu()):
-        blocks += _of_documents(row, numbers, first, seen.window)
+        blocks += _of_documents(row, numbers, first, seen.window, size)
     return _table(blocks), labels
+
+
+def block_size(seen: Visibility) -> int:
+    """Queries in a block."""
+    if seen.slopes is None or seen.dtype in (torch.bfloat16, torch.float16):
+        return BLOCK
+    return BLOCK_WITH_ALIBI if seen.n_keys <= LONG else BLOCK_OF_LONG
 
 
 def _table(blocks: list[Block]) -> Tensor:
@@ -69,7 +82,7 @@ def _labels(seen: Visibility) -> Tensor:
     return torch.where(seen.padding, documents, alone)
 
 
-def _of_documents(row: int, numbers: Tensor, first: int, window: int | None) -> list[Block]:
+def _of_documents(row: int, numbers: Tensor, first: int, window: int | None, size: int) -> list[Block]:
     """Blocks of one batch row whose positions have these document numbers; queries begin at position `first`."""
     n = len(numbers)
     starts = (torch.diff(numbers, prepend=numbers[:1] - 1) != 0).nonzero().flatten().tolist()
@@ -87,7 +100,7 @@ def _of_documents(row: int, numbers: Tensor, first: int, window: int | None) -> 
         if end - start >= SHORT:
             close()
             shared = None
-            blocks += _blocks(row, max(start, first), start, end, window)
+            blocks += _blocks(row, max(start, first), start, end, window, size)
         elif shared is None or end - shared[0] > GROUP:
             close()
             shared = (start, end)
@@ -97,9 +110,10 @@ def _of_documents(row: int, numbers: Tensor, first: int, window: int | None) -> 
     return blocks
 
 
-def _blocks(row: int, first: int, start: int, end: int, window: int | None) -> list[Block]:
+def _blocks(row: int, first: int, start: int, end: int, window: int | None, size: int) -> list[Block]:
     """Blocks of the queries first..end of a document start..end."""
-    size = BLOCK if window is None else min(BLOCK, max(NARROWEST, window))
+    if window is not None:
+        size = min(size, max(NARROWEST, window))
     blocks = []
     for a in range(first, end, size):
         b = min(a + size, end)
