@@ -79,6 +79,7 @@ class CachedDecoder:
             report(0, total - known)
         for start in range(known, total, self._chunk):
             end = min(start + self._chunk, total)
+            self.cache.coming = total - end
             out = self.model(ids[:, start:end], attention_mask=seen[:, :end], cache=self.cache, last_logits=True)
             if report is not None:
                 report(end - known, total - known)

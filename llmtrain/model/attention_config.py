@@ -36,8 +36,8 @@ class RopeHFConfig(Config):
     """Rotary positions with `rope_impl: hf` (`model.attn_config.rope_hf_config`): how they are scaled."""
 
     type: Literal["no_scaling", "linear", "dynamic", "llama3"] = "no_scaling"
-    """`linear` divides positions by `factor`; `dynamic` raises `rope_theta` for rows longer than `max_seq_len` (NTK);
-    `llama3` divides the slow frequencies by `factor` and leaves the fast ones."""
+    """`linear` divides positions by `factor`; `dynamic` raises `rope_theta` for rows longer than the model's
+    `max_seq_len` (NTK); `llama3` divides the slow frequencies by `factor` and leaves the fast ones."""
     factor: Annotated[float, Field(ge=1.0)] = 1.0
     """How many times longer the text is than what the model was trained on before."""
     low_freq_factor: PositiveFloat | None = None

@@ -21,6 +21,8 @@ class KVCache:
 
     Attributes:
         length: positions seen, padding included.
+        coming: tokens of a prompt that follow those of the next forward: some rotary positions are scaled by its
+            length.
 
     Args:
         n_layers: of the model.
@@ -30,6 +32,7 @@ class KVCache:
 
     def __init__(self, n_layers: int, capacity: int = 0, window: int | None = None) -> None:
         self.length = 0
+        self.coming = 0
         self._window = window
         self._reserved = capacity
         self._layers: list[tuple[Tensor, Tensor] | None] = [None] * n_layers

@@ -126,7 +126,8 @@ class Transformer(nn.Module):
         x = self.emb_drop(x)
         turn = None
         if positions is not None and self.config.attn_config.rope:
-            turn = rotation(self.config, positions, x.dtype).part(own)
+            coming = 0 if cache is None else cache.coming
+            turn = rotation(self.config, positions, x.dtype, coming).part(own)
         attend = self._attention(x, padding, documents, turn, cache, ranks)
         for block in self.blocks:
             x = block(x, attend, cache)

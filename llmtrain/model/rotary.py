@@ -37,8 +37,11 @@ class Rotation:
         return Rotation(self.cos[:, :, tokens], self.sin[:, :, tokens])
 
 
-def rotation(config: MPTConfig, positions: Tensor, dtype: torch.dtype) -> Rotation:
+def rotation(config: MPTConfig, positions: Tensor, dtype: torch.dtype, coming: int = 0) -> Rotation:
     """The tables for positions (T,) or (batch, T); `dtype` is that of q and k.
+
+    `dynamic` scaling goes by the length of each row: as far as the positions say, and `coming` more. Keys in a cache
+    keep the angles that they had when they were computed, as in transformers.
 
     Angles are computed in float64: at position 70,000 float32 has steps of 0.008, and each pair's angle would be off by
     half of that.
@@ -47,17 +50,18 @@ def rotation(config: MPTConfig, positions: Tensor, dtype: torch.dtype) -> Rotati
     at = positions.to(wide)[..., None]
     if at.dim() == 2:
         at = at[None]  # (1, T, 1)
-    angles = at * frequencies(config, at)
+    angles = at * frequencies(config, at, coming)
     dtype = torch.float64 if dtype == torch.float64 else torch.float32
     return Rotation(angles.cos().to(dtype)[:, None], angles.sin().to(dtype)[:, None])
 
 
-def frequencies(config: MPTConfig, positions: Tensor) -> Tensor:
+def frequencies(config: MPTConfig, positions: Tensor, coming: int) -> Tensor:
     """Radians by which each pair turns from one position to the next, (..., head_dim / 2), in positions' dtype.
 
     Args:
         config: rope_theta and scaling.
-        positions: (batch or 1, T, 1); only `dynamic` scaling reads them.
+        positions: (batch or 1, T, 1); only `dynamic` scaling reads them, as it does
+        coming: tokens that follow.
     """
     attn = config.attn_config
     scaling = (attn.rope_hf_config if attn.rope_impl == "hf" else None) or RopeHFConfig()
@@ -65,7 +69,8 @@ def frequencies(config: MPTConfig, positions: Tensor) -> Tensor:
     exponents = torch.arange(0, width, 2, device=positions.device, dtype=positions.dtype) / width
     if scaling.type == "dynamic":
         # theta grows with the row's length, so that the slowest pair turns no further than it did at max_seq_len.
-        length = (positions.amax(dim=1, keepdim=True) + 1).clamp(min=config.max_seq_len) / config.max_seq_len
+        length = positions.amax(dim=1, keepdim=True) + 1 + coming
+        length = length.clamp(min=config.max_seq_len) / config.max_seq_len
         stretch = (scaling.factor * length - (scaling.factor - 1)) ** (width / (width - 2))
         return (attn.rope_theta * stretch) ** -exponents
     turns = attn.rope_theta**-exponents

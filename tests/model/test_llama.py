@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
+from llmtrain.generation.decoder import CachedDecoder
 from llmtrain.model.cache import KVCache
 from llmtrain.model.config import MPTConfig
 from llmtrain.model.mpt import MPT
@@ -116,9 +117,10 @@ def test_rope_scaling(scaling: dict[str, Any]) -> None:
     theirs_says.pop("type")
     options = {"rope_theta": 500.0, "max_position_embeddings": 64, "rope_scaling": theirs_says}
     theirs = hugging_face(LlamaForCausalLM, LlamaConfig, ours, **options)
-    ids, _ = ids_and_mask(1)
+    ids, mask = ids_and_mask(1)
     exact = theirs(ids).logits
     assert (ours(ids).logits - exact).abs().max() <= 2e-5
+    assert (CachedDecoder(ours, chunk=20)(ids, mask.bool()) - exact[:, -1]).abs().max() <= 2e-5
     plain = mpt(rope_theta=500.0, max_seq_len=64)(ids).logits
     assert (scaling["type"] == "no_scaling") == ((plain - exact).abs().max() < 1e-3)
 
