@@ -20,6 +20,10 @@ DOCUMENTS = torch.tensor([[0] * 5 + [1] * 6 + [-1] * 2, [0] * 2 + [1] + [2] * 10
 
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "ALiBi, documents": ({"attn_config": {"alibi": True, "attn_uses_sequence_id": True}}, {"sequence_id": DOCUMENTS}),
+    "in blocks": (
+        {"attn_config": {"alibi": True, "alibi_bias_max": 16, "attn_uses_sequence_id": True, "attn_impl": "blockwise"}},
+        {"sequence_id": DOCUMENTS},
+    ),
     "ALiBi, left padding": ({"attn_config": {"alibi": True, "qk_ln": True}}, {"attention_mask": LEFT_PADDED}),
     "learned positions": ({"tie_word_embeddings": False, "max_seq_len": T}, {}),
     "rotary, one key head": (

@@ -1,5 +1,6 @@
 """Ranks that share sequences train the same model as one rank: losses, evaluations, counts, data and checkpoints."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -34,7 +35,11 @@ def recipe(corpus: TinyCorpus, tmp_path_factory: pytest.TempPathFactory) -> Path
         eval_interval="3ba",
         save_interval="3ba",
         train_loader=loader,
-        callbacks={"speed_monitor": {"window_size": 1}, "loss_by_position": {}},
+        callbacks={
+            "speed_monitor": {"window_size": 1},
+            "loss_by_position": {},
+            "generate_callback": {"prompts": ["The"], "max_new_tokens": 3, "interval": "6ba"},
+        },
     )
 
 
@@ -68,7 +73,10 @@ def test_two_ranks_with_a_sequence_train_what_one_does(shared: Finished, alone: 
     one, one_flops = (alone.metrics(f"throughput/device/{name}_per_sec") for name in ("tokens", "flops"))
     for step, value in flops.items():  # as many operations for a token, whoever computes them
         assert value / speed[step] == pytest.approx(one_flops[step] / one[step], rel=1e-3)
-    assert (shared.folder / "loss_by_position.png").is_file()
+    curves, expected = (json.loads((run.folder / "loss_by_position.json").read_text()) for run in (shared, alone))
+    assert [row["targets"] for row in curves] == [row["targets"] for row in expected]
+    assert [row["loss"] for row in curves] == pytest.approx([row["loss"] for row in expected], rel=1e-5)
+    assert "sample      step 6  The" in shared.output
 
 
 def test_two_groups_of_two_ranks_and_data_parallel_gradients(recipe: Path, alone: Finished) -> None:
