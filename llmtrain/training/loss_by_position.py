@@ -56,6 +56,9 @@ class LossByPositionCallback(Callback):  # type: ignore[misc]
             return  # the first of the ranks that share sequences has the losses of all
         token_losses = state.outputs.token_losses
         assert token_losses is not None
+        sharing = getattr(_language_model(state).model, "ranks", None)
+        if sharing is not None and sharing.rank != 0:
+            return  # each of the ranks that share sequences has the losses of all their tokens
         self._losses.add(token_losses, state.batch["labels"], _positions(state))
 
     def eval_end(self, state: State, logger: Logger) -> None:
