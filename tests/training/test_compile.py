@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,9 @@ from llmtrain.model.cache import KVCache
 from llmtrain.model.config import MPTConfig
 from llmtrain.model.mpt import MPT
 from llmtrain.recipe.recipe import CompileConfig
+from llmtrain.testing.corpus import TinyCorpus
+from llmtrain.testing.launch import launch
+from llmtrain.testing.recipe import tiny_recipe
 from llmtrain.training import activation_checkpointing
 from llmtrain.training.compile import compile_blocks
 
@@ -142,3 +146,31 @@ def test_a_compiler_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_documents_one_by_one_are_refused() -> None:
     with pytest.raises(UserError, match="to blockwise"):
         compile_blocks(model(attn_impl="sdpa", attn_uses_sequence_id=True), CompileConfig(), CPU)
+
+
+@pytest.mark.slow
+@pytest.mark.gloo_training
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_sharded_run_with_checkpointing_is_the_uncompiled_one(
+    backend: str, tmp_path: Path, corpus: TinyCorpus
+) -> None:
+    """Two ranks, FSDP2 around compiled blocks with activation checkpointing inside: the same losses."""
+    shape = {"d_model": 48, "n_heads": 3, "n_layers": 2, "no_bias": True, "vocab_size": corpus.vocab_size}
+    fsdp = {"sharding_strategy": "FULL_SHARD", "activation_checkpointing": True}
+    losses = []
+    for name in ("plain", "compiled"):
+        recipe = tiny_recipe(
+            tmp_path / f"{name}.yaml",
+            corpus,
+            model={"name": "mpt_causal_lm", "init_device": "mixed", **shape, "attn_config": {"alibi": True}},
+            fsdp_config=fsdp,
+            max_duration="4ba",
+            eval_interval="4ba",
+            save_interval="4ba",
+            compile_config={"backend": backend} if name == "compiled" else None,
+        )
+        run = launch(recipe, ranks=2, cwd=tmp_path, timeout=500)
+        assert run.code == 0, run.output
+        losses.append(run.metrics("loss/train/total"))
+    assert losses[0].keys() == losses[1].keys()
+    assert list(losses[1].values()) == pytest.approx(list(losses[0].values()), rel=1e-4)
