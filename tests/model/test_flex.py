@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_mask
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmtrain.errors import UserError
 from llmtrain.model import alibi
@@ -339,3 +340,31 @@ def test_a_backend_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     assert select("flex", seen).kernel is FLEX
     with pytest.raises(UserError, match="flex_backend"):
         select("flex", seen, flex_backend="flash")
+
+
+@pytest.mark.skipif(not flex._MODES_CAN_BE_LEFT, reason="torch before 2.11 refuses")
+def test_it_is_compiled_under_selective_checkpointing(caplog: pytest.LogCaptureFixture) -> None:
+    """While a dispatch mode watches, torch would run FlexAttention uncompiled: all scores, and for good."""
+
+    class Watches(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return func(*args, **(kwargs or {}))
+
+    torch._dynamo.reset()
+    flex._compiled.cache_clear()
+    flex._say_that_attention_is_recomputed.cache_clear()
+    q, k, v = qkv(2, 2, 40, 40)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    with Watches():  # type: ignore[no-untyped-call]
+        found = attention(FLEX, q, k, v, slopes=(0.5, 0.25))
+        attention(FLEX, q, k, v, slopes=(0.5, 0.25))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 1
+    assert caplog.text.count("compile_config") == 1
+    torch.testing.assert_close(found, attention(EAGER, q, k, v, slopes=(0.5, 0.25)))
+
+
+def test_an_old_torch_refuses_selective_checkpointing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flex, "_MODES_CAN_BE_LEFT", False)
+    monkeypatch.setattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+    with pytest.raises(UserError, match="selective"):
+        attention(FLEX, *qkv(2, 2, 8, 8))

@@ -9,6 +9,7 @@ Training needs a GPU: FlexAttention has no backward pass on the CPU, and its for
 module takes a second or two to import (dynamo), so `select` imports it when it is wanted.
 """
 
+import logging
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
@@ -19,11 +20,15 @@ import torch.nn.attention.flex_attention as flex_attention_module
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.torch_version import TorchVersion
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._triton import has_triton
 
 from llmtrain.errors import UserError
 from llmtrain.model.kernels.interface import Kernel, Visibility
 from llmtrain.model.kernels.windows import LONG, kept_blocks, measure, slack
+
+log = logging.getLogger(__name__)
 
 Mod = Callable[..., Tensor]
 
@@ -245,7 +250,31 @@ def _compiled(function: Callable[..., Any], device: str) -> Callable[..., Any]:
 def _call(function: Callable[..., Any], *args: Any) -> Any:
     if torch.compiler.is_compiling():
         return function(*args)  # part of what is being compiled
-    return _compiled(function, args[0].device.type)(*args)
+    compiled = _compiled(function, args[0].device.type)
+    if not torch._C._len_torch_dispatch_stack():
+        return compiled(*args)
+    # Selective activation checkpointing watches each operator, and torch compiles nothing while it does: all T x T
+    # scores would be computed. So it does not see this one, and attention is recomputed with the rest.
+    if not _MODES_CAN_BE_LEFT:
+        raise UserError(
+            f"fsdp_config.activation_checkpointing: selective does not go together with attn_impl flex on torch "
+            f"{torch.__version__}; set it to true, or set compile_config, or update torch to 2.11 or newer"
+        )
+    _say_that_attention_is_recomputed()
+    with _disable_current_modes():
+        return compiled(*args)
+
+
+_MODES_CAN_BE_LEFT = TorchVersion(torch.__version__) >= "2.11"
+
+
+@cache
+def _say_that_attention_is_recomputed() -> None:
+    """Once a process."""
+    log.warning(
+        "attn_impl flex: selective activation checkpointing can keep attention's results only in compiled blocks; "
+        "without compile_config they are recomputed"
+    )
 
 
 def _attend_with(options: dict[str, Any] | None) -> Callable[..., Tensor]:
