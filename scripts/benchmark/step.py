@@ -160,27 +160,7 @@ def measure(case: Case, models: list[str], args: argparse.Namespace, device: str
     workers, found = {}, {}
 
     def start(name: str) -> None:
-        model = Model.parse(name)
-        python = args.foundry_python if model.kind == "llm-foundry" else sys.executable
-        if python is None:
-            raise SystemExit("llm-foundry needs --foundry-python")
-        workers[name] = Worker(python, model.kind, args.threads)
-        found[name] = workers[name].ask(
-            do="build",
-            shape=SHAPES[case.shape],
-            length=case.length,
-            batch=case.batch,
-            amp=case.precision == "bf16",
-            attention=model.attention,
-            device=device,
-            checkpointing=model.checkpointing,
-            compile_blocks=model.compiled,
-            fused=args.peer_fused,
-            flush=args.peer_flush,
-            threads=args.threads,
-            memory_cap=args.memory_cap if device == "cpu" else None,
-            query_key_gain=args.query_key_gain,
-        )
+        workers[name], found[name] = built(name, case, args, device)
         found[name]["steps"] = []
 
     def step(name: str) -> None:
@@ -201,24 +181,58 @@ def measure(case: Case, models: list[str], args: argparse.Namespace, device: str
     for together in turns:
         for name in together:
             start(name)
-        if args.error_length and case.precision == "fp32" and args.query_key_gain == 1.0 and not args.one_at_a_time:
-            compare_with_float64(workers, found, min(case.length, args.error_length))
         for _ in range(args.warmup + args.rounds):
             for name in together:
                 step(name)
+        if args.error_length and case.precision == "fp32" and not args.one_at_a_time:
+            compare_with_float64(workers, found, case, args, device)
         for name in together:
             finish(name)
     return summary(case, found, args, device)
 
 
-def compare_with_float64(workers: "dict[str, Worker]", found: dict[str, Any], length: int) -> None:
-    able = [name for name in workers if "failed" not in found[name]]
-    ours = next((name for name in able if Model.parse(name).kind == "llmtrain"), None)
+def built(name: str, case: Case, args: argparse.Namespace, device: str) -> "tuple[Worker, dict[str, Any]]":
+    model = Model.parse(name)
+    python = args.foundry_python if model.kind == "llm-foundry" else sys.executable
+    if python is None:
+        raise SystemExit("llm-foundry needs --foundry-python")
+    worker = Worker(python, model.kind, args.threads)
+    answer = worker.ask(
+        do="build",
+        shape=SHAPES[case.shape],
+        length=case.length,
+        batch=case.batch,
+        amp=case.precision == "bf16",
+        attention=model.attention,
+        device=device,
+        checkpointing=model.checkpointing,
+        compile_blocks=model.compiled,
+        fused=args.peer_fused,
+        flush=args.peer_flush,
+        threads=args.threads,
+        memory_cap=args.memory_cap if device == "cpu" else None,
+        query_key_gain=args.query_key_gain,
+    )
+    return worker, answer
+
+
+def compare_with_float64(
+    workers: "dict[str, Worker]",
+    found: dict[str, Any],
+    case: Case,
+    args: argparse.Namespace,
+    device: str,
+) -> None:
+    """How far logits in float32 are from those of llmtrain's eager kernel in float64, with the first weights."""
+    length = min(case.length, args.error_length)
+    exact, _ = built("llmtrain:eager", case, args, device)
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "logits.pt")
-        if ours and "failed" not in workers[ours].ask(do="reference", path=path, length=length):
-            for name in able:
-                found[name]["error"] = workers[name].ask(do="error", path=path, length=length)
+        answer = exact.ask(do="reference", path=path, length=length)
+        exact.stop()
+        for name in workers:
+            if "failed" not in found[name]:
+                found[name]["error"] = answer or workers[name].ask(do="error", path=path, length=length)
 
 
 def summary(case: Case, found: dict[str, Any], args: argparse.Namespace, device: str) -> dict[str, Any]:

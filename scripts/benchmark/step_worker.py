@@ -134,20 +134,21 @@ class Side:
         return {"kernel": name, "kept": share_kept(self.model, self.ids) if name == "blockwise" else None}
 
     def reference(self, path: str, length: int) -> Task:
-        """Writes the logits of llmtrain's eager kernel in float64."""
-        model = BUILD["llmtrain"](self.shape, self.length, "eager", torch.device("cpu"))
-        fill(model, self.shape["n_layers"], 1.0)
-        with torch.no_grad():
-            torch.save(model.double()(self.ids[:1, :length].cpu()).logits[0], path)
+        """Writes this model's logits in float64, with the weights of the beginning."""
+        torch.save(self._logits(length, torch.float64), path)
         return {}
 
     def error(self, path: str, length: int) -> Task:
         """Compares this model's float32 logits with those of `reference`."""
         exact = torch.load(path)
-        with torch.no_grad():
-            found = self.model(self.ids[:1, :length]).logits[0].cpu().double()
-        difference = found - exact
+        difference = self._logits(length, torch.float32).double() - exact
         return {"max": float(difference.abs().max()), "rms": float(difference.square().mean().sqrt())}
+
+    def _logits(self, length: int, dtype: torch.dtype) -> torch.Tensor:
+        fill(self.model, self.shape["n_layers"], 1.0)
+        with torch.no_grad():
+            logits: torch.Tensor = self.model.to(dtype)(self.ids[:1, :length]).logits
+        return logits[0].cpu()
 
 
 def as_in_training() -> None:

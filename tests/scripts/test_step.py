@@ -81,16 +81,15 @@ def test_models_by_name(step: ModuleType) -> None:
 @pytest.mark.slow
 def test_a_small_run(tmp_path: Path) -> None:
     out = tmp_path / "step"
-    models = ["llmtrain", "llmtrain:eager", "transformers"]
+    models = ["llmtrain", "transformers"]
     command = [sys.executable, "step.py", "--cases", "tiny:fp32:200", "--models", *models, "--rounds", "1"]
-    command += ["--error-length", "100", "--device", "cpu", "--out", str(out)]
-    done = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True, timeout=300)
+    command += ["--device", "cpu", "--out", str(out)]
+    done = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     found = json.loads(out.with_suffix(".json").read_text())["cases"]["tiny:fp32:200"]
     assert list(found["models"]) == models
     assert found["loss_difference"] < 2e-4
     for one in found["models"].values():
         assert one["peak_bytes"] > 16 * one["parameters"] == 16 * 4_196_608
-        assert one["error"]["max"] < 1e-4
     assert found["models"]["llmtrain"]["kept"] == 1.0
     assert out.with_suffix(".png").stat().st_size > 5000
