@@ -41,7 +41,7 @@ def cells(one: dict[str, Any], on_gpu: bool) -> list[str]:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Step time and peak memory of each model in each case, as shares of the slowest and largest."""
+    """Step time and peak memory of each model in each case, relative to the largest; the figures stand beside."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -51,30 +51,28 @@ def draw(result: dict[str, Any], path: Path) -> None:
     names = list(dict.fromkeys(name for found in cases.values() for name in found["models"]))
     palette = ["#1f618d", "#d9822b", "#c7c7c7", "#7fb3d5", "#f2b880", "#8e44ad"]
     colours = {name: palette[i % len(palette)] for i, name in enumerate(names)}
-    figure, both = pyplot.subplots(1, 2, figsize=(11, 0.7 + 0.22 * len(names) * len(cases)), sharey=True)
+    figure, both = pyplot.subplots(1, 2, figsize=(11, 1.2 + 0.2 * len(names) * len(cases)), sharey=True)
     height = 0.8 / len(names)
-    for axes, key, scale, title in (
-        (both[0], "seconds", 1.0, f"step, {result['clock']} seconds"),
-        (both[1], "peak_bytes", 1e-9, "peak memory, GB"),
+    for axes, key, unit, title in (
+        (both[0], "seconds", 1.0, f"{result['clock']} seconds a step"),
+        (both[1], "peak_bytes", 1e9, "peak memory, GB"),
     ):
-        for number, name in enumerate(names):
-            for place, found in enumerate(cases.values()):
-                one = found["models"].get(name)
-                if one is None:
-                    continue
-                y = place + (number - (len(names) - 1) / 2) * height
-                if key in one:
-                    value = one[key] * scale
-                    bar = axes.barh(y, value, height * 0.9, color=colours[name], label=name if place == 0 else None)
-                    axes.bar_label(bar, [f"{value:.3g}"], fontsize=6.5, padding=2)
-                else:
-                    axes.text(axes.get_xlim()[0], y, " " + one.get("failed", ""), fontsize=6.5, va="center")
-        axes.set_xscale("log")
+        for place, found in enumerate(cases.values()):
+            largest = max((one[key] for one in found["models"].values() if key in one), default=1.0)
+            for name, one in found["models"].items():
+                y = place + (names.index(name) - (len(names) - 1) / 2) * height
+                axes.barh(y, one.get(key, 0.0) / largest, height * 0.9, color=colours[name])
+                label = f"{one[key] / unit:.3g}" if key in one else one.get("failed", "not run")[:40]
+                axes.text(one.get(key, 0.0) / largest + 0.01, y, label, fontsize=7, va="center")
+        axes.set_xlim(0, 1.12)
+        axes.set_xticks([])
         axes.set_title(title, fontsize=10)
-        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["top", "right", "bottom"]].set_visible(False)
     both[0].set_yticks(range(len(cases)), list(cases), fontsize=8)
     both[0].invert_yaxis()
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=colours[name]) for name in names]
-    figure.legend(handles, names, ncols=len(names), fontsize=8, loc="lower center", frameon=False)
-    figure.tight_layout(rect=(0, 0.04, 1, 1))
+    both[0].legend(
+        handles, names, ncols=len(names), fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.02), frameon=False
+    )
+    figure.tight_layout()
     figure.savefig(path, dpi=150)
