@@ -11,10 +11,12 @@ from functools import wraps
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from llmtrain.errors import UserError
 from llmtrain.hf_model.model import HFCausalLM
+from llmtrain.model.cache import KVCache
+from llmtrain.model.kernels.interface import Attention
 from llmtrain.model.mpt import MPT
 from llmtrain.recipe.recipe import CompileConfig
 
@@ -46,19 +48,17 @@ def compile_blocks(model: MPT | HFCausalLM, config: CompileConfig | None, device
     how["fullgraph"] = isinstance(model, MPT) if config.fullgraph is None else config.fullgraph
     blocks = [module for module in model.modules() if model.activation_checkpointing_fn(module)]
     for block in blocks:
-        block.forward = _compiled(block.forward, how)
+        compiled = torch.compile(block.forward, **how)
+        block.forward = _unless_cached(block.forward, compiled) if isinstance(model, MPT) else compiled
     return len(blocks)
 
 
-def _compiled(forward: Callable[..., Any], how: dict[str, Any]) -> Callable[..., Any]:
-    compiled = torch.compile(forward, **how)
+def _unless_cached(plain: Callable[..., Tensor], compiled: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """With a cache of keys and values a block of MPT stays uncompiled: there everything changes at each token."""
 
-    @wraps(forward)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        # With a cache everything changes at each token; MPT passes it as the third argument, None when there is none.
-        if len(args) > 2 and args[2] is not None:
-            return forward(*args, **kwargs)
-        return compiled(*args, **kwargs)
+    @wraps(plain)
+    def run(x: Tensor, attend: Attention, cache: KVCache | None = None) -> Tensor:
+        return compiled(x, attend) if cache is None else plain(x, attend, cache)
 
     return run
 
