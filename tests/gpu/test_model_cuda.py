@@ -37,15 +37,17 @@ def gradients(m: MPT, length: int, dtype: torch.dtype | None, seed: int = 0) -> 
 
 @pytest.mark.parametrize("checkpointing", ["none", "full", "selective"])
 @pytest.mark.parametrize("attn_impl", ["flex", "sdpa", "blockwise"])
-def test_compiled_blocks_are_plain_ones(attn_impl: str, checkpointing: Any) -> None:
-    """Gradients in bfloat16 are as close to float32's as those of plain blocks; other documents compile nothing."""
+@pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
+def test_gradients(compiled: bool, attn_impl: str, checkpointing: Any) -> None:
+    """In bfloat16 they are as close to float32's as those of plain eager blocks; other documents compile nothing."""
     torch._dynamo.reset()
     uses_documents = {"attn_uses_sequence_id": True}
     exact = gradients(model("eager", **uses_documents), 1024, None)
     plain = gradients(model("eager", **uses_documents), 1024, torch.bfloat16)
     m = model(attn_impl, **uses_documents)
     activation_checkpointing.apply(m, checkpointing)
-    assert compile_blocks(m, CompileConfig(), torch.device("cuda")) == 2
+    if compiled:
+        assert compile_blocks(m, CompileConfig(), torch.device("cuda")) == 2
     found = gradients(m, 1024, torch.bfloat16)
     errors = [float((x - exact).norm() / exact.norm()) for x in (found, plain)]
     assert errors[0] < max(2 * errors[1], 2e-2), errors
