@@ -75,12 +75,13 @@ def check_model(saved: dict[str, Any], now: dict[str, Any], checkpoint: Path, *,
         )
 
 
-def _with_defaults(*models: dict[str, Any]) -> list[dict[str, Any]]:
+def _with_defaults(saved: dict[str, Any], now: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """MPTs' blocks with all keys, also those that did not exist yet when they were saved; others as they are."""
     try:
-        return [MPTConfig.model_validate(model).model_dump(mode="json") for model in models]
+        known = [MPTConfig.model_validate(model).model_dump(mode="json") for model in (saved, now)]
     except ValidationError:
-        return list(models)
+        return saved, now
+    return known[0], known[1]
 
 
 def vocabulary_grows(saved: dict[str, Any], now: dict[str, Any]) -> bool:
