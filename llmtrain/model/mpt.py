@@ -149,7 +149,7 @@ class Transformer(nn.Module):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         n_queries, slopes = x.shape[1], self.slopes
         if ranks is not None:
-            n_queries, slopes = n_queries * ranks.degree, ranks.slopes(slopes)
+            n_queries, slopes = n_queries * ranks.degree, ranks.slopes(slopes, self.config.kv_heads)
             padding = None if padding is None else ranks.padded(padding, False)
             documents = None if documents is None else ranks.padded(documents, PADDING)
         n_keys = n_queries if cache is None else cache.n_keys(n_queries)

@@ -56,10 +56,16 @@ class SequenceParallel:
         """This rank's slice of (batch, T)."""
         return self.padded(whole, fill)[:, self.tokens(whole.shape[1])]
 
-    def slopes(self, slopes: tuple[float, ...] | None) -> tuple[float, ...] | None:
-        """ALiBi slopes of this rank's heads."""
-        own = 0 if slopes is None else len(slopes) // self.degree
-        return None if slopes is None else slopes[self.rank * own : (self.rank + 1) * own]
+    def slopes(self, slopes: tuple[float, ...] | None, kv_heads: int) -> tuple[float, ...] | None:
+        """ALiBi slopes of this rank's heads.
+
+        Heads are dealt out, each with the others that read the same keys: neighbours have similar slopes, and a small
+        slope means many keys to attend to. In halves, one rank would have most of the work.
+        """
+        if slopes is None:
+            return None
+        together = len(slopes) // lcm(kv_heads, self.degree)
+        return tuple(slope for head, slope in enumerate(slopes) if head // together % self.degree == self.rank)
 
     def positions(self, positions: Tensor) -> Tensor:
         """Positions (T,) or (batch, T), padded with the last one: no position that the sequence has not."""
@@ -99,19 +105,21 @@ class ParallelAttention(Attention):
         if times > 1:
             k, v = k.repeat_interleave(times, dim=1), v.repeat_interleave(times, dim=1)
         heads = [t.shape[1] // self.ranks.degree for t in (q, k, v)]
-        q, k, v = torch.split(self._to_heads(q, k, v), heads, dim=1)
+        q, k, v = torch.split(self._to_heads(q, k, v, kv_heads=k.shape[1]), heads, dim=1)
         out = super().__call__(q, k, v, softmax_scale=softmax_scale, dropout_p=dropout_p, softcap=softcap)
-        return self._to_slices(out)
+        return self._to_slices(out, kv_heads=k.shape[1])
 
-    def _to_heads(self, *tensors: Tensor) -> Tensor:
+    def _to_heads(self, *tensors: Tensor, kv_heads: int) -> Tensor:
         """(batch, heads, T / degree, d) each -> (batch, all their heads / degree, T, d), in one exchange."""
-        send = torch.cat([torch.unflatten(t, 1, (self.ranks.degree, -1)).movedim(1, 0) for t in tensors], dim=2)
+        dealt = (kv_heads // self.ranks.degree, self.ranks.degree, -1)  # see `SequenceParallel.slopes`
+        send = torch.cat([torch.unflatten(t, 1, dealt).movedim(2, 0).flatten(2, 3) for t in tensors], dim=2)
         return _exchange(send, self.ranks.group).movedim(0, 2).flatten(2, 3)
 
-    def _to_slices(self, out: Tensor) -> Tensor:
-        """(batch, heads / degree, T, d) -> (batch, heads, T / degree, d)."""
+    def _to_slices(self, out: Tensor, *, kv_heads: int) -> Tensor:
+        """(batch, heads / degree, T, d) -> (batch, heads, T / degree, d); this rank has `kv_heads` key heads."""
         send = torch.unflatten(out, 2, (self.ranks.degree, -1)).movedim(2, 0).contiguous()
-        return _exchange(send, self.ranks.group).movedim(0, 1).flatten(1, 2)
+        received = torch.unflatten(_exchange(send, self.ranks.group), 2, (kv_heads, -1))
+        return received.movedim(0, 2).flatten(1, 3)
 
 
 def _exchange(send: Tensor, group: dist.ProcessGroup) -> Tensor:

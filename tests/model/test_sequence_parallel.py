@@ -25,6 +25,10 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"sequence_id": DOCUMENTS},
     ),
     "ALiBi, left padding": ({"attn_config": {"alibi": True, "qk_ln": True}}, {"attention_mask": LEFT_PADDED}),
+    "four key heads with two queries each": (
+        {"attn_config": {"alibi": True, "attn_type": "grouped_query_attention", "kv_n_heads": 4}, "n_heads": 8},
+        {},
+    ),
     "learned positions": ({"tie_word_embeddings": False, "max_seq_len": T}, {}),
     "rotary, one key head": (
         {
