@@ -36,7 +36,7 @@ def cells(one: dict[str, Any], on_gpu: bool) -> list[str]:
         row += [f"{one['tokens_per_second']:,.0f}", "-" if one["mfu"] is None else f"{one['mfu']:.1%}"]
     error = one.get("error", {}).get("max")
     kept = one.get("kept")
-    kernel = one.get("kernel", "") + (f", {kept:.0%} of blocks" if kept is not None else "")
+    kernel = one.get("kernel", "") + (f", {kept:.0%} of pairs" if kept is not None else "")
     return [*row, "-" if error is None else f"{error:.1e}", kernel]
 
 
