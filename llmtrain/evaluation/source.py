@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from llmtrain.checkpoint.read import recipe_of
-from llmtrain.checkpoint.resolve import CHECKPOINTS, locate, run_folder
+from llmtrain.checkpoint.resolve import locate, run_folder
 from llmtrain.data.config import TextDatasetConfig, TextLoaderConfig
 from llmtrain.errors import UserError
 from llmtrain.evaluation.tokens import JoinedTokens, ShardTokens, folder_of_shards
@@ -69,7 +69,7 @@ def find(source: Path, recipe: Path | None = None, overrides: Sequence[str] = ()
     if source.is_dir() and (source / "config.json").is_file():
         if known is None and recipe is not None:
             known = load_recipe(recipe, overrides)
-        beside = run_folder(source / CHECKPOINTS) or source.parent
+        beside = source.resolve().parent
         inside_a_run = (beside / "recipe.yaml").is_file()
         stem = beside / "eval" / source.name if inside_a_run else Path("eval") / source.name
         if known is None and inside_a_run:
