@@ -10,6 +10,7 @@ from torch import Tensor
 from llmtrain.errors import UserError
 from llmtrain.model import alibi
 from llmtrain.model.config import MPTConfig
+from llmtrain.model.kernels import pieces
 from llmtrain.model.kernels.dense import LONGEST, dense_bias
 from llmtrain.model.kernels.interface import Attention, Kernel, Visibility
 from llmtrain.model.kernels.segments import segments
@@ -180,6 +181,15 @@ def test_autocast_does_not_round_the_bias(kernel: Kernel) -> None:
     assert out.dtype == torch.bfloat16
     expected = math.exp(-3) / (math.exp(-3) + 1 / (1 - math.exp(-1)))
     assert out[0, 0, -1, 0].item() == pytest.approx(expected, rel=2**-7)
+
+
+def test_the_probe_does_not_depend_on_its_surroundings() -> None:
+    """Asked for the first time under autocast, it compares in float32 all the same."""
+    pieces.flash_on_cpu.cache_clear()
+    outside = pieces.flash_on_cpu()
+    pieces.flash_on_cpu.cache_clear()
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.device("meta"):
+        assert pieces.flash_on_cpu() == outside
 
 
 def test_bias_holds_the_distances() -> None:
