@@ -50,7 +50,7 @@ def import_what_the_model_needs(kind: str) -> None:
 class Side:
     def __init__(self, kind: str) -> None:
         self.kind = kind
-        self.base = memory("VmRSS")
+        self.base = memory("RssAnon")
 
     def build(
         self,
@@ -123,7 +123,9 @@ class Side:
         if cuda:
             torch.cuda.synchronize()
         cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-        peak = torch.cuda.max_memory_allocated() if cuda else memory("VmHWM") - self.base
+        # Less the pages of libraries, which the kernel drops from memory when others need it.
+        files = memory("RssFile") + memory("RssShmem")
+        peak = torch.cuda.max_memory_allocated() if cuda else memory("VmHWM") - files - self.base
         return {"cpu": cpu, "wall": wall, "peak_bytes": peak, "loss": float(loss.detach())}
 
     def kernel(self) -> Task:
