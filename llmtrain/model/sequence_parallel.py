@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import functional as F
 
-from llmtrain.model.kernels.interface import Attention, Kernel, repeat_kv
+from llmtrain.model.kernels.interface import Attention, Kernel
 from llmtrain.model.rotary import Rotation
 
 DATA, SEQUENCE = "data", "sequence"
@@ -106,11 +106,8 @@ class ParallelAttention(Attention):
             k, v = k.repeat_interleave(times, dim=1), v.repeat_interleave(times, dim=1)
         heads = [t.shape[1] // self.ranks.degree for t in (q, k, v)]
         q, k, v = torch.split(self._to_heads(q, k, v, kv_heads=k.shape[1]), heads, dim=1)
-        kv_heads = k.shape[1]
-        # Every query head gets its own keys: the blockwise kernel's gradients are wrong for groups of dealt-out heads.
-        k, v = repeat_kv(k, q.shape[1]), repeat_kv(v, q.shape[1])
         out = super().__call__(q, k, v, softmax_scale=softmax_scale, dropout_p=dropout_p, softcap=softcap)
-        return self._to_slices(out, kv_heads=kv_heads)
+        return self._to_slices(out, kv_heads=k.shape[1])
 
     def _to_heads(self, *tensors: Tensor, kv_heads: int) -> Tensor:
         """(batch, heads, T / degree, d) each -> (batch, all their heads / degree, T, d), in one exchange."""

@@ -227,3 +227,26 @@ def test_65536_tokens_in_little_memory() -> None:
     """A whole step of a small model; the scores alone would be 137 GB."""
     out = subprocess.run([sys.executable, "-c", LONG], capture_output=True, text=True, check=True).stdout
     assert float(out) < 1500
+
+
+@pytest.mark.parametrize("contiguous", [True, False])
+@pytest.mark.parametrize("group", [1, 2, 3])
+@pytest.mark.parametrize("kv_heads", [1, 2, 3])
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_grouped_keys_of_any_sizes(batch: int, kv_heads: int, group: int, contiguous: bool) -> None:
+    """Also where the batch has as many rows as there are key heads, and these as many as a group has queries."""
+    n, heads = 14, kv_heads * group
+    seen = Visibility(n, n, CPU, torch.float64, tuple(alibi.slopes(heads)))
+    results = []
+    for kernel in (EAGER, BLOCKWISE):
+        g = torch.Generator().manual_seed(0)
+        made = [torch.randn(batch, n, h, 6, generator=g, dtype=torch.float64) for h in (heads, kv_heads, kv_heads)]
+        q, k, v = (t.transpose(1, 2) for t in made)
+        if contiguous:
+            q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+        out = Attention(kernel, kernel.prepare(seen))(*leaves, softmax_scale=0.4)
+        weights = torch.randn(out.shape, generator=g, dtype=torch.float64)
+        results.append((out, *torch.autograd.grad((out * weights).sum(), leaves)))
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
