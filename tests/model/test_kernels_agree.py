@@ -31,6 +31,7 @@ CASES: list[tuple[int, int, int, int, int, int | None, dict[str, Any]]] = [
     (8, 2, 16, 513, 513, 16, {"softcap": 2.0, "padding": True}),
     (12, 12, 16, 300, 300, None, {"softcap": 5.0, "documents": 33, "window": 50}),
     (5, 1, 16, 310, 310, 8, {"back": 70}),
+    (4, 2, 16, 300, 300, 8, {}),  # as many key heads as rows, and queries a key head
     (1, 1, 16, 4097, 4097, 16, {}),
     (1, 1, 64, 2500, 2500, 8, {"window": 1100}),
 ]

@@ -40,8 +40,11 @@ def forward(
         parts = [
             _flash(_FORWARD, *x, 0.0, causal, attn_mask=mask, scale=scale) for x, mask in _grouped(bias, q, (k, v))
         ]
-        out, lse = (_joined(x, q.shape[:3]) for x in zip(*parts, strict=True))
-        return out, lse
+        if q.shape[1] == k.shape[1]:
+            out, lse = parts[0]
+            return out, lse
+        of_out, of_lse = zip(*parts, strict=True)
+        return _joined(of_out), _joined(of_lse)
     scores, _ = _scores(q, k, bias, causal, scale, softcap)
     lse = scores.logsumexp(-1)
     weights = scores.sub_(lse[..., None]).exp_()
@@ -73,7 +76,9 @@ def backward(
             for (q_, grad_, out_, lse_, k_, v_), mask in _grouped(bias, q, (k, v), grad, out, lse)
         ]
         of_q, of_k, of_v = zip(*calls, strict=True)
-        return _joined(of_q, q.shape[:3]), _summed(of_k, k), _summed(of_v, v)
+        if q.shape[1] == k.shape[1]:
+            return of_q[0], of_k[0], of_v[0]
+        return _joined(of_q), _summed(of_k), _summed(of_v)
     scores, slope_of_cap = _scores(q, k, bias, causal, scale, softcap)
     weights = scores.sub_(lse[..., None]).exp_()
     wide = weights.dtype
@@ -145,18 +150,14 @@ def _grouped(bias: Tensor | None, q: Tensor, kv: tuple[Tensor, ...], *like_q: Te
         yield (*of_queries, *of_keys), None if bias is None else bias[row].view(*shape, n, m)
 
 
-def _joined(parts: tuple[Tensor, ...], shape: torch.Size) -> Tensor:
-    """Results of `_grouped` calls as (batch, heads, n, ...)."""
-    if parts[0].shape[:3] == shape:
-        return parts[0]
+def _joined(parts: tuple[Tensor, ...]) -> Tensor:
+    """Results (kv_heads, group, n, ...) of a `_grouped` call for each row, as (batch, heads, n, ...)."""
     return torch.stack([x.flatten(0, 1) for x in parts])
 
 
-def _summed(parts: tuple[Tensor, ...], like: Tensor) -> Tensor:
-    """Gradients of `_grouped` keys, (kv_heads, group, m, head_dim) each, summed over the group in float32."""
-    if parts[0].shape == like.shape:
-        return parts[0]
-    wide = torch.promote_types(like.dtype, torch.float32)
+def _summed(parts: tuple[Tensor, ...]) -> Tensor:
+    """Gradients of `_grouped` keys as (batch, kv_heads, m, head_dim): summed over each group, in float32 at least."""
+    wide = torch.promote_types(parts[0].dtype, torch.float32)
     return torch.stack([x.sum(1, dtype=wide) for x in parts])
 
 
