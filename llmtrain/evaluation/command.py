@@ -10,7 +10,14 @@ from rich.console import Console
 
 from llmtrain.errors import UserError
 from llmtrain.evaluation import source as sources
-from llmtrain.evaluation.evaluate import TOKENS_IN_A_BATCH, check_length, evaluate, n_targets, note_on_length
+from llmtrain.evaluation.evaluate import (
+    TOKENS_IN_A_BATCH,
+    check_length,
+    check_text,
+    evaluate,
+    n_targets,
+    note_on_length,
+)
 from llmtrain.evaluation.progress import progress
 from llmtrain.evaluation.report import AtLength, print_results, write_results
 from llmtrain.evaluation.tokens import ShardTokens
@@ -55,16 +62,20 @@ def eval_command(
         UserError: the model, the data or a length is not usable.
     """
     console = console or Console()
+    for key, value, least in (("max_tokens", max_tokens, 2), ("batch_tokens", batch_tokens, 1)):
+        if value is not None and value < least:
+            raise UserError(f"{key} {value}: must be at least {least}")
     place = sources.find(source, recipe, overrides)
     model, tokenizer = sources.open_model(place, recipe, device, dtype)
     tokens, parts = sources.open_data(place, data, _vocab_size(model), tokenizer)
     wanted = sorted(set(lengths)) or [place.recipe.max_seq_len if place.recipe else parts[0].row_length]
-    _check(model, parts, wanted)
+    pieces = at_most(tokens.pieces, max_tokens)
+    _check(model, parts, pieces, wanted)
     for length in wanted:
         if note := note_on_length(model, length):
             console.print(f"note: {note}", highlight=False, soft_wrap=True)
     found = []
-    total = n_targets(at_most(tokens.pieces, max_tokens))
+    total = n_targets(pieces)
     for length in wanted:
         start = time.monotonic()
         with progress(console, f"{length:,} tokens", total) as advance:
@@ -84,7 +95,10 @@ def eval_command(
     return {**about, "lengths": [one.as_dict() for one in found]}
 
 
-def _check(model: MPT | HFCausalLM, parts: Sequence[ShardTokens], lengths: Sequence[int]) -> None:
+def _check(
+    model: MPT | HFCausalLM, parts: Sequence[ShardTokens], pieces: Sequence[int], lengths: Sequence[int]
+) -> None:
+    """All lengths before the first is computed: nobody waits for a result that a later length throws away."""
     for length in lengths:
         check_length(model, length)
     for part in parts:
@@ -94,6 +108,8 @@ def _check(model: MPT | HFCausalLM, parts: Sequence[ShardTokens], lengths: Seque
                 f"{part.row_length:,} tokens and cannot be joined: they are of one document each (cut: documents), or "
                 "were not made by llmtrain prep. Prepare longer rows"
             )
+    for length in lengths:
+        check_text(pieces, length)
 
 
 def _vocab_size(model: MPT | HFCausalLM) -> int:

@@ -43,11 +43,7 @@ def evaluate(
     """
     check_length(model, length)
     pieces = at_most(tokens.pieces, max_tokens)
-    if max(pieces, default=0) < length:
-        raise UserError(
-            f"max_seq_len {length:,}: the longest text to evaluate on has {max(pieces, default=0):,} tokens. "
-            "Give longer text (--data), more of it (--max-tokens), or a smaller --max-seq-len"
-        )
+    check_text(pieces, length)
     device = next(model.parameters()).device
     losses = LossByPosition(device)
     for batch in _batches(windows(pieces, length), batch_tokens):
@@ -79,6 +75,20 @@ def check_length(model: MPT | HFCausalLM, length: int) -> None:
         raise UserError(
             f"max_seq_len {length:,}: the model has {limit:,} learned positions and none beyond them. Evaluate it at "
             f"up to {limit:,} tokens; a model with ALiBi has no such limit"
+        )
+
+
+def check_text(pieces: Sequence[int], length: int) -> None:
+    """Refuse windows that no text fills.
+
+    Raises:
+        UserError: no piece has so many tokens.
+    """
+    longest = max(pieces, default=0)
+    if longest < length:
+        raise UserError(
+            f"max_seq_len {length:,}: the longest text to evaluate on has {longest:,} tokens. "
+            "Give longer text (--data), more of it (--max-tokens), or a smaller --max-seq-len"
         )
 
 

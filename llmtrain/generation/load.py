@@ -36,6 +36,7 @@ def load(
     """
     flush_denormals()  # chat, generation and evaluation start here
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_device(device)
     name = dtype or ("bfloat16" if device.startswith("cuda") else "float32")
     if name not in DTYPES:
         raise UserError(f"dtype {dtype}: use one of {', '.join(DTYPES)}.")
@@ -52,6 +53,20 @@ def load(
     weights = {key: value.to(device, DTYPES[name]) for key, value in source.weights.items()}
     model.load_state_dict(weights, strict=True, assign=True)
     return model.eval(), tokenizer
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that this machine does not have.
+
+    Raises:
+        UserError: there is no such device.
+    """
+    try:
+        wanted = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"device {device}: no such device. Use cpu, cuda, or cuda:1 for the second GPU.") from None
+    if wanted.type == "cuda" and (wanted.index or 0) >= (n := torch.cuda.device_count()):
+        raise UserError(f"device {device}: torch sees {n} GPUs here. Use --device cpu, or leave it out.")
 
 
 def _hugging_face(found: HFSource, device: str, dtype: torch.dtype) -> tuple[HFCausalLM, "PreTrainedTokenizerFast"]:

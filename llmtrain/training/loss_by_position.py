@@ -51,9 +51,6 @@ class LossByPositionCallback(Callback):  # type: ignore[misc]
 
     def eval_after_forward(self, state: State, logger: Logger) -> None:
         assert self._losses is not None
-        ranks = getattr(_language_model(state).model, "ranks", None)
-        if ranks is not None and ranks.rank > 0:
-            return  # the first of the ranks that share sequences has the losses of all
         token_losses = state.outputs.token_losses
         assert token_losses is not None
         sharing = getattr(_language_model(state).model, "ranks", None)

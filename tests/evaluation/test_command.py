@@ -100,6 +100,19 @@ def test_mistakes_are_named(run: Path, corpus: TinyCorpus, tmp_path: Path) -> No
         find(tmp_path / "x.yaml", overrides=["run_name=y"])
     with pytest.raises(UserError, match=r"--data .*nowhere: there is no folder"):
         evaluate(run, data=[tmp_path / "nowhere"])
+    with pytest.raises(UserError, match="batch_tokens 0: must be at least 1"):
+        evaluate(run, batch_tokens=0)
+    with pytest.raises(UserError, match="max_tokens 1: must be at least 2"):
+        evaluate(run, max_tokens=1)
+    with pytest.raises(UserError, match="device cuda:99: torch sees"):
+        evaluate(run, device="cuda:99")
+    with pytest.raises(UserError, match="device graphics: no such device"):
+        evaluate(run, device="graphics")
+    said = io.StringIO()
+    with pytest.raises(UserError, match=r"max_seq_len 999,999: the longest text"):
+        eval_command(run, lengths=[64, 999_999], console=Console(file=said), output=tmp_path / "late")
+    assert "tokens/s" not in said.getvalue()
+    assert not list(tmp_path.glob("late*"))  # refused before anything is computed
     index = json.loads((corpus.val / "index.json").read_text())
     index["llmtrain"]["tokenizer_fingerprint"] = "0" * 64
     other = tmp_path / "other"
