@@ -182,9 +182,9 @@ def test_windows_skip_blocks() -> None:
     q, k, _ = (x.detach() for x in qkv(8, 8, 16384, 16384, torch.bfloat16, batch=1))
     mask = flex.FlexMask(Visibility(16384, 16384, CUDA, q.dtype, slopes=slopes))
     assert mask.slopes is not None
-    assert mask.slack is not None
+    assert mask.margin is not None
     lists = flex._call(
-        flex._window_lists, q, k, *mask.kinds, mask.slopes, mask.slack, str(mask.block), str(1 / 8), None
+        flex._window_lists, q, k, *mask.kinds, mask.slopes, mask.margin, str(mask.block), str(1 / 8), None
     )
     kept = (lists.kv_num_blocks + lists.full_kv_num_blocks).sum(-1)[0].float()
     blocks = 16384 // mask.block

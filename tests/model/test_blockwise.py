@@ -98,6 +98,15 @@ def test_no_key_that_matters_is_skipped(
                 assert weights[0, head, begin:end, :start].sum(-1).max() < 2**-25
 
 
+def test_a_far_key_that_is_not_finite_is_not_hidden() -> None:
+    """Without windows every row behind it would be NaN: so with them, however far it is."""
+    q, k, v = torch.randn(3, 1, 2, 1000, 8, generator=torch.Generator().manual_seed(0))
+    k[:, :, 3, 0] = torch.nan
+    result, _, _ = call(Visibility(1000, 1000, CPU, torch.float32, (1.0, 0.5)), q, k, v)
+    assert result[:, :, 3:].isnan().all()
+    assert result[:, :, :3].isfinite().all()
+
+
 def errors(kernel: Kernel, inputs: Tensor, exact: list[Tensor], *, skip: bool = True, row: bool = False) -> list[float]:
     """Root mean square error of the output and of the gradients of q, k and v."""
     results = gradients(kernel, inputs, skip=skip, row=row)

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from llmtrain.errors import UserError
 from llmtrain.model import alibi
 from llmtrain.model.kernels import flex, windows
+from llmtrain.model.kernels.alibi_window import negligible
 from llmtrain.model.kernels.dense import dense_bias
 from llmtrain.model.kernels.eager import EAGER
 from llmtrain.model.kernels.flex import FLEX, FlexMask, static_blocks
@@ -196,7 +197,7 @@ def test_windows_lose_less_than_float32_has_bits(data: st.DataObject) -> None:
     slopes = steepness * torch.tensor(alibi.slopes(heads), dtype=torch.float64)
     k = k + data.draw(st.sampled_from([0.0, 3.0]), "what all keys share")
     bounds = windows.measure(q, k, 0.3, size, softcap=softcap)
-    kept = windows.kept_blocks(bounds, slopes, size, n - n_queries, windows.slack(n), softcap)
+    kept = windows.kept_blocks(bounds, slopes, size, n - n_queries, negligible(torch.float32, n), softcap)
     assert kept.shape == (2, heads, n_queries // size, n // size)
     scores = (q @ k.repeat_interleave(heads // kv_heads, 1).mT) * 0.3
     if softcap is not None:
@@ -230,8 +231,8 @@ def test_windows_drop_blocks_head_by_head(monkeypatch: pytest.MonkeyPatch) -> No
     assert not FlexMask(Visibility(n, n, CPU, q.dtype, slopes=slopes, skip_far_keys=False)).windows
     assert not FlexMask(Visibility(n, n, CPU, q.dtype)).windows
     assert mask.slopes is not None
-    assert mask.slack is not None
-    lists = flex._window_lists(q, k, *mask.kinds, mask.slopes, mask.slack, str(flex.BLOCK), "0.3", None)
+    assert mask.margin is not None
+    lists = flex._window_lists(q, k, *mask.kinds, mask.slopes, mask.margin, str(flex.BLOCK), "0.3", None)
     blocks = flex._block_mask(mask, *lists)
     assert blocks.shape == (2, heads, n, n)
     dense = blocks.to_dense().bool()

@@ -1,4 +1,6 @@
-"""ALiBi windows: which keys weigh so little that leaving them out changes nothing float32 can hold.
+"""ALiBi windows of blockwise attention: which keys weigh so little that float32 cannot tell them from none.
+
+(On a GPU, where nothing of a row is known before its kernel runs, `windows.py` has a bound of norms alone.)
 
 A key's score is at most scale * (q . c + |q| r), c and r being centre and radius of a ball around the keys of its
 block, less slope * distance. Where that is below the row's log-sum-exp by ln 2^25 + ln n_keys for all rows of a query
@@ -88,9 +90,9 @@ def first_kept(
     for row in range(0, n, step):
         rows = q[:, :, row : row + step].reshape(batch, kv_heads, -1, q.shape[-1])
         size = rows.norm(dim=-1, keepdim=True)
-        # 2^-16 is room for the rounding of these very sums.
+        # 2^-9 is room for the rounding of these very sums, on a GPU with TF32 as well.
         bound = torch.baddbmm(
-            (size * (radii + (norms + radii) * 2**-16)[:, :, None]).flatten(0, 1),
+            (size * (radii + (norms + radii) * 2**-9)[:, :, None]).flatten(0, 1),
             rows.flatten(0, 1),
             centres.flatten(0, 1).transpose(1, 2),
         ).mul_(scale)
@@ -100,7 +102,7 @@ def first_kept(
         above = torch.maximum(above, bound.amax((0, 2)))
     ends = torch.arange(b0 + 1, b1 + 1, device=q.device) * BLOCK + balls.first
     nearest = ends.clamp(max=high) - 1 - middle
-    kept = above + slopes[:, None].to(above) * nearest >= -margin
+    kept = ~(above + slopes[:, None].to(above) * nearest < -margin)  # so that NaN keeps everything
     block = torch.where(kept.any(1), kept.int().argmax(1), b1 - b0)
     return (balls.first + (b0 + block) * BLOCK).clamp(low, high)
 

@@ -25,8 +25,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._triton import has_triton
 
 from llmtrain.errors import UserError
+from llmtrain.model.kernels.alibi_window import negligible
 from llmtrain.model.kernels.interface import Kernel, Visibility
-from llmtrain.model.kernels.windows import LONG, kept_blocks, measure, slack
+from llmtrain.model.kernels.windows import LONG, kept_blocks, measure
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +67,9 @@ class FlexMask:
         # A token that is generated reads all keys once: measuring them would be as much again.
         long = seen.n_keys >= LONG and seen.n_queries >= self.block
         self.windows = seen.skip_far_keys and seen.slopes is not None and long
-        self.slack = torch.full((), slack(seen.n_keys), dtype=wide, device=seen.device) if self.windows else None
+        self.margin = None
+        if self.windows:
+            self.margin = torch.full((), negligible(wide, seen.n_keys), dtype=wide, device=seen.device)
         self.blocks = None if self.windows else _block_mask(self, *_lists(self.kinds.some, self.kinds.every))
 
 
@@ -203,7 +206,7 @@ def _window_lists(
     some: Tensor,
     every: Tensor,
     slopes: Tensor,
-    slack: Tensor,
+    margin: Tensor,
     block: str,
     scale: str,
     softcap: str | None,
@@ -211,7 +214,7 @@ def _window_lists(
     """The lists for each head, less the blocks that are too far away for it."""
     size, cap = int(block), None if softcap is None else float(softcap)
     bounds = measure(q, k, float(scale), size, softcap=cap)
-    kept = kept_blocks(bounds, slopes, size, k.shape[2] - q.shape[2], slack, cap)
+    kept = kept_blocks(bounds, slopes, size, k.shape[2] - q.shape[2], margin, cap)
     return _lists(some & kept, every & kept)
 
 
@@ -295,7 +298,7 @@ def _attend_with(options: dict[str, Any] | None) -> Callable[..., Tensor]:
         scale, cap, blocks = str(softmax_scale), None if softcap is None else str(softcap), mask.blocks
         if blocks is None:
             with torch.no_grad():
-                known = (*mask.kinds, mask.slopes, mask.slack)
+                known = (*mask.kinds, mask.slopes, mask.margin)
                 lists = _call(_window_lists, q, k, *known, str(mask.block), scale, cap)
             blocks = _block_mask(mask, *lists)
         function = _attend_behind if mask.first else _attend_square

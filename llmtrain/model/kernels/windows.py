@@ -1,4 +1,7 @@
-"""ALiBi windows: which keys are so far away that they cannot be told from no keys at all.
+"""ALiBi windows of flex and flash: which keys are so far away that they cannot be told from no keys at all.
+
+Known before the kernel runs, and computed on the device in a few small operations. Blockwise attention, which computes
+the keys near a query first, has the tighter bound of `alibi_window.py`; what is negligible is the same.
 
 Row i of the softmax holds scores s_ij = q_i.k_j * scale - slope * (i - j). Its log-sum-exp is at least the score of the
 query with its own key, s_ii = q_i.k_i * scale, where the distance is 0. No score is above |q_i| |k_j| scale -
@@ -17,14 +20,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from llmtrain.model.kernels.alibi_window import negligible
+
 LONG = 8192
 """Keys from which on measuring and skipping cost less than they save: below, a launch-bound dozen of small kernels
 stands against an attention of a millisecond, of which heads with flat slopes keep most anyway."""
-
-
-def slack(n_keys: int) -> float:
-    """How far below the query's own score a key's must stay: ln 2^25 + ln T."""
-    return 25 * math.log(2) + math.log(n_keys)
 
 
 class Bounds(NamedTuple):
@@ -62,7 +62,7 @@ def measure(q: Tensor, k: Tensor, scale: float, block: int | None = None, *, sof
 
 
 def kept_blocks(
-    bounds: Bounds, slopes: Tensor, block: int, first: int, slack: Tensor | float, softcap: float | None
+    bounds: Bounds, slopes: Tensor, block: int, first: int, margin: Tensor | float, softcap: float | None
 ) -> Tensor:
     """Which key blocks a query block has to look at, (batch, heads, query blocks, key blocks) bool.
 
@@ -71,7 +71,7 @@ def kept_blocks(
         slopes: (heads,).
         block: positions of a block.
         first: position of the first query.
-        slack: see there; a tensor where the number of keys is not to be compiled in.
+        margin: `negligible(...)`; a tensor where the number of keys is not to be compiled in.
         softcap: see `Attend`.
 
     Says nothing of causality: blocks of the future have distance 0.
@@ -85,7 +85,7 @@ def kept_blocks(
     if softcap is not None:
         highest, own = torch.tanh(highest / softcap) * softcap, torch.tanh(own / softcap) * softcap
     highest = highest - slopes.to(own.dtype)[:, None, None] * distance
-    return ~(highest < own[..., None] - slack)  # so that NaN keeps everything
+    return ~(highest < own[..., None] - margin)  # so that NaN keeps everything
 
 
 def needed_windows(bounds: Bounds, slopes: Tensor, n_keys: int, softcap: float | None) -> Tensor:
@@ -94,7 +94,7 @@ def needed_windows(bounds: Bounds, slopes: Tensor, n_keys: int, softcap: float |
     own = bounds.own_score.flatten(1)
     if softcap is not None:
         highest, own = torch.tanh(highest / softcap) * softcap, torch.tanh(own / softcap) * softcap
-    return ((highest - own + slack(n_keys)) / slopes.to(own.dtype)).amax(0)
+    return ((highest - own + negligible(torch.float32, n_keys)) / slopes.to(own.dtype)).amax(0)
 
 
 def _blocks(x: Tensor, block: int | None, filler: float) -> Tensor:
