@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from llmtrain.data.batch import IGNORE
 from llmtrain.evaluation.by_position import LossByPosition
-from llmtrain.evaluation.picture import draw_loss_by_position
+from llmtrain.evaluation.picture import _same_targets, draw_loss_by_position
 
 
 def some(rows: int, length: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -75,5 +75,16 @@ def test_picture(tmp_path):
     found = LossByPosition()
     found.add(*some(4, 100))
     draw_loss_by_position({"100 tokens": found.curve(), "none": []}, "title", tmp_path / "a.png")
+    draw_loss_by_position({"first": found.curve(), "later": found.curve()}, "title", tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_curves_of_the_same_targets_are_compared_with_the_first() -> None:
+    found = LossByPosition()
+    found.add(*some(4, 100))
+    curve, other = found.curve(), found.curve(per_octave=1)
+    assert _same_targets([curve, curve])
+    assert not _same_targets([curve, other])
+    assert not _same_targets([curve])
+    assert not _same_targets([curve, []])
