@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llmtrain.errors import UserError
 from llmtrain.model import alibi
-from llmtrain.model.kernels import flash
+from llmtrain.model.kernels import flash, flex
 from llmtrain.model.kernels.eager import EAGER
 from llmtrain.model.kernels.flash import FLASH, FlashMask, head_groups
 from llmtrain.model.kernels.interface import Attention, Kernel, Visibility
@@ -272,3 +272,29 @@ def test_select(monkeypatch: pytest.MonkeyPatch) -> None:
     flash._functions.cache_clear()
     with pytest.raises(UserError, match="pip install flash-attn"):
         select("flash", seen)
+
+
+@pytest.mark.parametrize(
+    ("triton", "dropout", "who", "name"),
+    [
+        (True, False, {}, "flex"),
+        (True, True, {}, "flash"),
+        (True, True, {"slopes": None}, "sdpa"),
+        (True, True, {"padding": torch.ones(1, 2048, dtype=torch.bool)}, "sdpa"),
+        (False, False, {}, "flash"),
+        (False, False, {"documents": torch.zeros(1, 2048, dtype=torch.int64)}, "flash"),
+        (False, False, {"dtype": torch.float32}, "sdpa"),
+        (False, False, {"n_queries": 1}, "sdpa"),
+    ],
+)
+def test_auto_takes_it_where_flex_cannot_be(
+    triton: bool, dropout: bool, who: dict[str, Any], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flex, "has_triton", lambda: triton)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    shape = {"n_queries": 2048, "n_keys": 2048, "device": torch.device("cuda"), "dtype": torch.bfloat16}
+    seen = Visibility(**{**shape, "slopes": (0.5,), **who})
+    choice = select("auto", seen, dropout=dropout)
+    assert choice.kernel.name == name, choice.reason
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))  # Turing
+    assert select("auto", seen, dropout=dropout).kernel is not FLASH

@@ -60,6 +60,11 @@ def _version() -> tuple[int, ...]:
     return tuple(int(part) for part in version("flash-attn").split(".")[:2])
 
 
+def suits_auto(device: torch.device) -> bool:
+    """Whether an installed flash-attn runs on that GPU (Ampere or newer), in compiled blocks as well."""
+    return _version() >= OLDEST_COMPILED and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 class FlashMask:
     """What `prepare` hands to every layer of a forward."""
 
@@ -248,7 +253,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: FlashMask, dropout_p: float, s
     if q.shape[-1] > LARGEST_HEAD:
         raise UserError(
             f"attn_config.attn_impl: flash takes a head_dim of at most {LARGEST_HEAD}; d_model / n_heads is "
-            f"{q.shape[-1]}. Set attn_impl to auto"
+            f"{q.shape[-1]}. Set attn_impl to sdpa, or to flex"
         )
     if dropout_p and softcap is not None:
         raise UserError(

@@ -101,23 +101,44 @@ def _flex_is_there(seen: Visibility) -> bool:
     return flex.missing(seen.device) is None
 
 
+def _flash_suits(seen: Visibility) -> bool:
+    """Whether flash-attn is installed and surely takes this.
+
+    Not with padding, whose real tokens it wants in one piece, and not in versions that could not be compiled.
+    """
+    from llmtrain.model.kernels import flash
+
+    lengths = min(seen.n_queries, seen.n_keys) >= FLEX_FROM
+    takes_it = lengths and seen.padding is None and seen.device.type == "cuda" and seen.dtype in flash.LOW_PRECISION
+    return takes_it and flash.missing() is None and flash.suits_auto(seen.device)
+
+
 def _automatic(seen: Visibility, dropout: bool, softcap: bool) -> tuple[Kernel, str]:
     """The fastest exact kernel, and why.
 
     On a CPU that is blockwise for every length: up to one block of queries it is one call of the same fused kernel that
     sdpa would call, without a bias of (heads, T, T); beyond that it skips what cannot be seen.
+
+    On a GPU, where scores need more than causality, it is flex, also if flash-attn is installed: flex finds ALiBi
+    windows without waiting for the device (flash-attn has to, in each layer), drops single blocks instead of heads,
+    keeps windows in compiled blocks, and takes documents and padding as they come. flash-attn is taken where flex
+    cannot be: with dropout, or without Triton. Which is faster where both can has not been measured.
     """
     device = seen.device.type
+    plain = seen.slopes is None and seen.padding is None and seen.documents is None and seen.window is None
+    if dropout and not softcap and not plain and _flash_suits(seen):
+        return _flash(seen), "the kernel with dropout that needs no T x T bias"
     if dropout:
         return (EAGER, "soft-capping with dropout") if softcap else (SDPA, "the fastest kernel with dropout")
     if device == "cpu":
         return BLOCKWISE, "exact, with memory of O(T), and the fastest kernel for cpu"
-    plain = seen.slopes is None and seen.padding is None and seen.documents is None and seen.window is None
     # A chunk of a prompt behind a cache is neither the whole triangle nor one row: it would take a dense bias.
     if plain and not softcap and seen.n_queries in (1, seen.n_keys):
         return SDPA, f"torch's fused causal attention, the fastest kernel for {device} without a bias"
     if min(seen.n_queries, seen.n_keys) >= FLEX_FROM and seen.dtype != torch.float64 and _flex_is_there(seen):
         return _flex(seen, dropout, "triton"), "block-sparse and compiled: no T x T bias, ALiBi windows"
+    if _flash_suits(seen):
+        return _flash(seen), "no T x T bias, ALiBi windows (flex would need Triton)"
     if softcap or seen.n_queries * seen.n_keys > LONGEST**2 or seen.dtype == torch.float64:
         return BLOCKWISE, "no fused kernel here takes this length or soft-capping"
     return SDPA, f"torch's fused attention, the fastest kernel installed for {device}"
