@@ -42,6 +42,11 @@ class Block(NamedTuple):
     """Where the keys begin that have anything to do with this row's: the document's start."""
     segment_end: int
 
+    @property
+    def rows(self) -> slice:
+        """The batch rows it is of."""
+        return slice(None) if self.row < 0 else slice(self.row, self.row + 1)
+
 
 def plan(seen: Visibility) -> tuple[Tensor, Tensor | None]:
     """The blocks as an int64 CPU tensor (blocks, len(Block._fields)), and the labels that masks are made of.
