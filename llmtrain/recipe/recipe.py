@@ -388,6 +388,12 @@ class Recipe(Config):
         warmup = self.algorithms.seq_length_warmup if self.algorithms is not None else None
         if warmup is None:
             return self
+        if warmup.truncate and isinstance(self.train_loader, FinetuningLoaderConfig):
+            raise mistake(
+                "Answers stand at the end of an example, and would be cut off. Use `truncate: false`, which loses no "
+                "token.",
+                "algorithms.seq_length_warmup.truncate",
+            )
         longest = self.train_loader.dataset.max_seq_len
         if warmup.max_seq_length not in (None, longest):
             raise mistake(

@@ -27,8 +27,8 @@ class SeqLengthWarmupConfig(Config):
 
     duration: float = Field(default=0.3, gt=0, le=1)
     """The part of the run, 0 to 1, in which they grow."""
-    min_seq_length: PositiveInt = 8
-    """Tokens of a sequence at the start."""
+    min_seq_length: int = Field(default=8, ge=2)
+    """Tokens of a sequence at the start, at least 2: one to read and one to predict."""
     max_seq_length: PositiveInt | None = None
     """Tokens at the end: the recipe's `max_seq_len`, which is also what leaving it out means."""
     step_size: PositiveInt = 8

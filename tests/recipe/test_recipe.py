@@ -206,6 +206,19 @@ SHAPE = {"d_model": 32, "n_heads": 2, "n_layers": 1}
             "algorithms.seq_length_warmup.preserve_end_of_sequence",
             "Nothing is cut off",
         ),
+        (
+            {"algorithms": {"seq_length_warmup": {"min_seq_length": 1}}},
+            "algorithms.seq_length_warmup.min_seq_length",
+            "at least 2",
+        ),
+        (
+            {
+                "algorithms": {"seq_length_warmup": {}},
+                "train_loader": {"name": "finetuning", "dataset": {"hf_name": "json", "split": "train"}},
+            },
+            "algorithms.seq_length_warmup.truncate",
+            "Answers stand at the end",
+        ),
         ({"model": SHAPE, "sequence_parallel_degree": 3}, "sequence_parallel_degree", "Choose a divisor"),
         (
             {"model": {"name": "hf_causal_lm", "pretrained_model_name_or_path": "x"}, "sequence_parallel_degree": 2},
