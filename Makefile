@@ -52,7 +52,7 @@ test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder $(TEST)
+	$(BIN)/python -m pytest $(TEST)
 
 $(VENV_PIP)/.ready: pyproject.toml
 	@test -x $(VENV_PIP)/bin/python || $(PYTHON) -m venv $(VENV_PIP)

@@ -22,11 +22,6 @@ REPOSITORY = Path(__file__).parent.parent
 sys.path.append(str(REPOSITORY))  # ranks import the tests that start them by name; last, so an installed llmtrain wins
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes longest comes first: another process can work on all the rest meanwhile."""
-    items.sort(key=lambda item: item.path.name not in ("test_make_train.py", "test_make_storywriter.py"))
-
-
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gloo_training") and not GLOO_AVERAGES_GRADIENTS:
         pytest.skip(f"torch {torch.__version__} sums gradients over gloo ranks: llmtrain refuses to train on several")
