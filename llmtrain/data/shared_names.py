@@ -4,6 +4,7 @@ Streaming names a dataset's shared memory by the first number that is free on th
 lock: two runs that start at once find the same one. Then one of them fails, or both read each other's state.
 """
 
+import atexit
 import fcntl
 import logging
 import os
@@ -12,7 +13,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from streaming.base.shared import prefix
 from streaming.base.world import World
 from torch import distributed as dist
 
@@ -57,10 +60,36 @@ def one_dataset_at_a_time(patience: float = _PATIENCE) -> Iterator[None]:
     if leads and held is None:
         log.warning("%s: not to be had; going on without. Another run may start on this machine now", lock_file())
     try:
-        yield
+        with _names_are_let_go():
+            yield
     finally:
         if held is not None:
             os.close(held)
+
+
+@contextmanager
+def _names_are_let_go() -> Iterator[None]:
+    """Closes what Streaming opens to see which names are taken.
+
+    It opens the shared memory of every dataset on the machine for that, and keeps it open until the process ends: a
+    process that makes a hundred datasets has ten thousand files open.
+    """
+    opened: list[Any] = []
+
+    class Recorded(prefix.SharedMemory):  # type: ignore[misc]
+        def __init__(self, name: str | None = None, create: bool | None = None, *args: Any, **kwargs: Any) -> None:
+            super().__init__(name, create, *args, **kwargs)
+            if create is False:
+                opened.append(self)
+
+    original, prefix.SharedMemory = prefix.SharedMemory, Recorded
+    try:
+        yield
+    finally:
+        prefix.SharedMemory = original
+        for memory in opened:
+            atexit.unregister(memory.cleanup)
+            memory.cleanup()
 
 
 def _try() -> tuple[int | None, bool]:

@@ -100,3 +100,13 @@ def test_the_lock_is_given_back_after_a_mistake() -> None:
     with pytest.raises(ZeroDivisionError), one_dataset_at_a_time():
         raise ZeroDivisionError
     os.close(hold())
+
+
+def test_making_a_dataset_leaves_no_names_of_others_open(corpus) -> None:
+    """Streaming opens those of all datasets on the machine, and would keep them."""
+    kept, grown = [], []
+    for _ in range(4):
+        before = len(os.listdir("/proc/self/fd"))
+        kept.append(build(corpus))
+        grown.append(len(os.listdir("/proc/self/fd")) - before)
+    assert grown[-1] <= grown[1], grown
