@@ -75,8 +75,9 @@ def test_gradients_are_the_same_bit_for_bit_dropout_included(plain: Step, checkp
     assert step.computed["aten::gelu"] == 2 * plain.computed["aten::gelu"] == 2 * LAYERS
 
 
-def test_selective_computes_attention_once(plain: Step) -> None:
+def test_selective_computes_attention_once() -> None:
     computed = {name: Step(name).computed["attention"] for name in ("full", "selective")}
+    plain = Step()  # anew: the very first step of a process also tries the kernel out
     assert plain.computed["attention"] == LAYERS
     assert computed == {"full": 2 * LAYERS, "selective": LAYERS}
 

@@ -47,6 +47,8 @@ def _prepare(seen: Visibility) -> Blocks:
     blocks, labels = plan(seen)
     slopes = None if seen.slopes is None else torch.tensor(seen.slopes, dtype=torch.float64)
     skip = seen.skip_far_keys and slopes is not None
+    if seen.device.type == "cpu":
+        pieces.flash_on_cpu()  # asked here for the first time, never inside of what is recomputed
     return Blocks(blocks, slopes, labels, -1 if seen.window is None else seen.window, skip)
 
 
