@@ -27,6 +27,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip(f"torch {torch.__version__} sums gradients over gloo ranks: llmtrain refuses to train on several")
 
 
+@pytest.fixture(autouse=True)
+def _denormals_are_kept() -> None:
+    """Commands that an earlier test ran in this process made it flush them; hypothesis then refuses to draw floats."""
+    torch.set_flush_denormal(False)
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> TinyCorpus:
     """Real text, a tokenizer of 512 tokens, rows of 64 tokens."""
