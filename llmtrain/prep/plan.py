@@ -20,13 +20,13 @@ class InputFile:
 
 @dataclass(frozen=True)
 class Piece:
-    """What a reader reads at once: one file or a range of it, the files of a joined document, or a part of a dataset."""
+    """What a reader reads at once: a file or a range of it, the files of a joined document, or a part of a dataset."""
 
     files: tuple[InputFile, ...]
     """One file; several only for a document that is joined of them; none for a Hugging Face dataset."""
     unit: Literal["all", "bytes", "rows", "row_groups", "shard"] = "all"
-    """What `start` and `stop` count: nothing, bytes of a file of lines, row groups of a parquet file, or which shard of a
-    Hugging Face dataset `start` is, of `stop` in all."""
+    """What `start` and `stop` count: nothing, bytes of a file of lines, row groups of a parquet file. `shard`: `start`
+    is the number of a shard of a Hugging Face dataset that has `stop` of them."""
     start: int = 0
     stop: int | None = None
     max_documents: int | None = None
