@@ -6,6 +6,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from llmtrain.config.base import Config
+from llmtrain.prep.stages.config import StageConfig
 
 _SHARD_LIMIT = 2**32  # MDS keeps the offsets of samples in uint32
 
@@ -145,6 +146,8 @@ class PrepRecipe(DataRecipe):
     """End each document with the tokenizer's EOS."""
     bos: bool = False
     """Begin each document with the tokenizer's BOS."""
+    stages: list[StageConfig] = Field(default_factory=list)
+    """Quality steps, carried out in this order on every document before it is tokenised. docs/data-quality.md."""
     min_document_tokens: int = Field(default=1, ge=1)
     """Drop documents with fewer tokens (EOS and BOS not counted). `min_tokens` in older recipes."""
     cut: Literal["stream", "documents"] = "stream"
