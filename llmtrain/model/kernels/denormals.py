@@ -1,8 +1,8 @@
 """Numbers below 1.2e-38 (float32) become 0 on the CPU, instead of being computed slowly.
 
-With ALiBi the softmax weights of far keys are such numbers, and the CPU takes many cycles for each: attention ran 2.5
-to 3 times slower (docs/benchmarks.md). The setting belongs to a thread, and torch's threads take it over from the one
-that starts them: it must be set before the first parallel operation.
+With ALiBi the softmax weights of far keys are such numbers, and the CPU takes a hundred cycles and more for each. The
+setting belongs to a thread, and torch's threads take it over from the one that starts them: it must be set before the
+first parallel operation.
 """
 
 import torch
