@@ -10,6 +10,7 @@ import logging
 import re
 import unicodedata
 from collections.abc import Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -45,17 +46,19 @@ _SAMPLE = (
 
 
 class FastBPE:
-    """A translated tokenizer; made by `open_fast`."""
+    """A translated tokenizer; made by `translate` and `open_fast`."""
 
-    def __init__(self, raw: "Tokenizer", spec: Mapping[str, Any]) -> None:
+    def __init__(self, tokenizer_json: str, dtype: type[np.unsignedinteger[Any]] = np.uint32) -> None:
         import tiktoken
+
+        spec = json.loads(tokenizer_json)
 
         spelled = _Spelling(spec)
         # Added tokens are cut out of the text before merging. tiktoken calls all such tokens special.
         added = [token for token in spec["added_tokens"] if token["content"] not in spelled.space_runs]
         cut = {token["content"]: token["id"] for token in added}
         self.merged_tokens = spelled.merged_tokens
-        self._raw = raw
+        self._tokenizer_json = tokenizer_json
         self._nfc = spelled.nfc
         self._all = frozenset(cut)
         self._ordinary = frozenset(token["content"] for token in added if not token["special"])
@@ -64,9 +67,9 @@ class FastBPE:
         self._core = tiktoken.Encoding(
             "llmtrain", pat_str=spelled.pattern, mergeable_ranks=ranks, special_tokens=numbers
         )
-        self._ids = np.array([*spelled.ids, *cut.values()], dtype=np.uint32)
+        self._ids = np.array([*spelled.ids, *cut.values()], dtype=dtype)
 
-    def encode(self, text: str, *, special: bool = True) -> NDArray[np.uint32]:
+    def encode(self, text: str, *, special: bool = True) -> NDArray[np.unsignedinteger[Any]]:
         """The ids of a text, (n,): those of `tokenizers` without the tokens that a post-processor adds.
 
         Args:
@@ -83,9 +86,18 @@ class FastBPE:
                 text = unicodedata.normalize("NFC", text)
         if len(text) >= _LONGEST_PIECE and _LONG_PIECE.search(text):
             self._raw.encode_special_tokens = not special
-            return np.array(self._raw.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+            return np.array(self._raw.encode(text, add_special_tokens=False).ids, dtype=self._ids.dtype)
         cut = self._all if special else self._ordinary
         return self._ids[self._core.encode_to_numpy(text, allowed_special=cut, disallowed_special=())]
+
+    @cached_property
+    def _raw(self) -> "Tokenizer":
+        from tokenizers import Tokenizer
+
+        raw = Tokenizer.from_str(self._tokenizer_json)
+        raw.no_truncation()
+        raw.no_padding()
+        return raw
 
 
 def open_fast(tokenizer: "Tokenizer") -> FastBPE | None:
@@ -97,20 +109,36 @@ def open_fast(tokenizer: "Tokenizer") -> FastBPE | None:
     Args:
         tokenizer: A byte-level BPE tokenizer, without truncation and padding; a copy is kept.
     """
-    from tokenizers import Tokenizer
-
-    text = tokenizer.to_str()
-    spec, raw = json.loads(text), Tokenizer.from_str(text)
     try:
-        fast = FastBPE(raw, spec)
-        _check(fast, raw, spec)
-    except (_Unlike, ImportError) as reason:
+        return translate(tokenizer.to_str())
+    except Untranslatable as reason:
         log.info("tokenising with `tokenizers`, not with tiktoken's faster core: %s", reason)
         return None
+
+
+def translate(
+    tokenizer_json: str, dtype: type[np.unsignedinteger[Any]] = np.uint32, *, checked: bool = False
+) -> FastBPE:
+    """The tokenizer on tiktoken's core; see `open_fast`.
+
+    Args:
+        tokenizer_json: Of a byte-level BPE tokenizer, without truncation and padding.
+        dtype: Of the ids.
+        checked: This tokenizer has been through the check, with these versions of both libraries: leave it out.
+
+    Raises:
+        Untranslatable: the ids could differ.
+    """
+    try:
+        fast = FastBPE(tokenizer_json, dtype)
+    except ImportError as problem:
+        raise Untranslatable(str(problem)) from problem
+    if not checked:
+        _check(fast, tokenizer_json)
     return fast
 
 
-class _Unlike(Exception):
+class Untranslatable(Exception):
     """Why a tokenizer cannot be translated."""
 
 
@@ -131,17 +159,17 @@ class _Spelling:
     def __init__(self, spec: Mapping[str, Any]) -> None:
         model = spec["model"]
         if model.get("type") != "BPE":
-            raise _Unlike(f"its model is {model.get('type')}, not BPE")
+            raise Untranslatable(f"its model is {model.get('type')}, not BPE")
         for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
             if model.get(key):
-                raise _Unlike(f"its model has {key}")
+                raise Untranslatable(f"its model has {key}")
         for token in spec["added_tokens"]:
             if token["lstrip"] or token["rstrip"] or token["single_word"]:
-                raise _Unlike(f"the added token {token['content']!r} takes part of its surroundings")
+                raise Untranslatable(f"the added token {token['content']!r} takes part of its surroundings")
         self.nfc = _is_nfc(spec["normalizer"])
         for token in spec["added_tokens"]:
             if self.nfc and unicodedata.normalize("NFC", token["content"]) != token["content"]:
-                raise _Unlike(f"the added token {token['content']!r} is changed by normalisation")
+                raise Untranslatable(f"the added token {token['content']!r} is changed by normalisation")
         runs = {token["content"]: token["id"] for token in spec["added_tokens"] if _is_run_of_spaces(token)}
         self.space_runs = frozenset(runs)
         self.pattern = _pattern(spec["pre_tokenizer"], self.space_runs)
@@ -161,10 +189,10 @@ class _Spelling:
             self.ranks = {bytes(byte_of[c] for c in token): rank for rank, token in enumerate(order)}
             self.merged_tokens = list(order)
         except KeyError as missing:
-            raise _Unlike(f"{missing} is not in its byte-level alphabet or vocabulary") from None
+            raise Untranslatable(f"{missing} is not in its byte-level alphabet or vocabulary") from None
         unreachable = [token for token in vocab if token not in order and token not in added]
         if unreachable and model.get("ignore_merges"):
-            raise _Unlike(f"no merge makes {unreachable[0]!r}")
+            raise Untranslatable(f"no merge makes {unreachable[0]!r}")
         # The pattern gives every run of spaces as a piece of its own and no other piece has two spaces side by side,
         # so the rank of a run of spaces can stand for the added token, and be made up where there is none.
         for run, number in runs.items():
@@ -182,7 +210,7 @@ def _is_nfc(normalizer: Mapping[str, Any] | None) -> bool:
         parts = [_is_nfc(part) for part in normalizer["normalizers"]]  # all of them: each may raise
         return any(parts)
     if normalizer["type"] != "NFC":
-        raise _Unlike(f"its normalizer is {normalizer['type']}")
+        raise Untranslatable(f"its normalizer is {normalizer['type']}")
     return True
 
 
@@ -200,16 +228,16 @@ def _pattern(pre_tokenizer: Mapping[str, Any] | None, space_runs: frozenset[str]
         }:
             pass
         case _:
-            raise _Unlike("its pre-tokenizer is not byte-level, or adds spaces")
+            raise Untranslatable("its pre-tokenizer is not byte-level, or adds spaces")
     if not pattern.endswith(r"|\s+(?!\S)|\s+"):
-        raise _Unlike("its pre-tokenizer's pattern may leave text out")
+        raise Untranslatable("its pre-tokenizer's pattern may leave text out")
     white = r"\s+"
     words = pattern.removesuffix(r"|\s+(?!\S)|\s+")
     if not space_runs:
         return _grouped(words, white)
     longest = max(map(len, space_runs))
     if pattern != GPT2_PATTERN or {len(run) for run in space_runs} != set(range(2, longest + 1)):
-        raise _Unlike("it has added tokens of spaces other than GPT-NeoX's")
+        raise Untranslatable("it has added tokens of spaces other than GPT-NeoX's")
     # `tokenizers` cuts the longest runs out first and then looks at what is between them. Here one expression does
     # both: a run comes first, and white space in general stops where one begins.
     return _grouped(rf" {{2,{longest}}}|{words}", r"(?:[^\S ]| (?! ))+")
@@ -224,23 +252,26 @@ def _is_run_of_spaces(token: Mapping[str, Any]) -> bool:
     return not token["special"] and len(token["content"]) > 1 and set(token["content"]) == {" "}
 
 
-def _check(fast: FastBPE, raw: "Tokenizer", spec: Mapping[str, Any]) -> None:
-    """Raises _Unlike: an id differs.
+def _check(fast: FastBPE, tokenizer_json: str) -> None:
+    """Raises Untranslatable: an id differs.
 
     `tokenizers` merges a pair that is in its list, tiktoken any pair whose bytes make up a token. That is the same if
     each token's own spelling merges into the token: then the last pair before it is always the same, in any context.
     """
+    from tokenizers import Tokenizer
+
+    spec, raw = json.loads(tokenizer_json), Tokenizer.from_str(tokenizer_json)
     if not spec["model"].get("ignore_merges"):  # under it, a word that is a token is not merged at all
         for token in fast.merged_tokens:
             if len(raw.model.tokenize(token)) != 1:
-                raise _Unlike(f"merging the characters of {token!r} does not give that token")
+                raise Untranslatable(f"merging the characters of {token!r} does not give that token")
     texts = [*_SAMPLE, *_specials(spec)]
     texts += [" ".join(texts), "".join(texts)]
     for special in (True, False):
         raw.encode_special_tokens = not special
         for text, expected in zip(texts, raw.encode_batch(texts, add_special_tokens=False), strict=True):
             if not np.array_equal(fast.encode(text, special=special), np.array(expected.ids, dtype=np.uint32)):
-                raise _Unlike(f"the ids of {text[:40]!r} differ")
+                raise Untranslatable(f"the ids of {text[:40]!r} differ")
 
 
 def _specials(spec: Mapping[str, Any]) -> list[str]:

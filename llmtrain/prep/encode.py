@@ -1,66 +1,129 @@
-"""Documents to token ids, in batches that the tokenizer's threads share."""
+"""Documents to token ids: through tiktoken's core where it gives the ids of `tokenizers`, else through `tokenizers`."""
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import chain
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llmtrain.errors import UserError
-from llmtrain.prep.sources import Document
-from llmtrain.tokenizer import load_raw, special_token
+from llmtrain.fast_bpe import FastBPE, Untranslatable, translate
+from llmtrain.prep.documents import Document
+from llmtrain.prep.fragments import Parts
+from llmtrain.prep.mds import token_dtype
+from llmtrain.tokenizer import load_raw, special_token, tokenizer_json_path
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+Core = Literal["tiktoken", "tokenizers"]
+
 _BATCH_BYTES = 1 << 20
 _BATCH_DOCUMENTS = 1024
+_SAMPLE = 500_000  # characters of the user's corpus that both cores must agree on
+_SAMPLE_OF_ONE = 20_000  # and so many of one document at most
 
 
-@dataclass(frozen=True)
 class Encoder:
-    """A tokenizer, and what stands around a document."""
+    """A tokenizer, and what stands around a document.
 
-    tokenizer: "Tokenizer"
-    eos: int | None
-    bos: int | None
+    Args:
+        name: of a tokenizer.
+        eos: id of the token that ends a document, or None.
+        bos: id of the token that begins a document, or None.
+        core: which library merges; `choose_core` says whether tiktoken's may be used.
+    """
+
+    def __init__(self, name: str, *, eos: int | None, bos: int | None, core: Core) -> None:
+        self.eos = eos
+        self.bos = bos
+        self._name = name
+        text = tokenizer_json_path(name).read_text(encoding="utf-8")
+        self.vocab_size = _largest_id(text) + 1
+        """Largest id plus one (ids may have gaps)."""
+        self.dtype = token_dtype(self.vocab_size)
+        """Of the ids that come out."""
+        self._fast: FastBPE | None = None
+        if core == "tiktoken":
+            self._fast = translate(text, self.dtype.type, checked=True)
+        self._parts = Parts(self._encode_text)
 
     @property
-    def vocab_size(self) -> int:
-        """Largest id plus one (ids may have gaps)."""
-        return max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    def hard_cuts(self) -> int:
+        """Places where a long document was cut although its ids may change there: it has no better one for 16 MB."""
+        return self._parts.hard_cuts
 
-    def encode(self, batch: list[Document]) -> list[NDArray[np.uint32]]:
-        """Ids of each document, without BOS and EOS."""
-        encodings = self.tokenizer.encode_batch_fast([document.text for document in batch], add_special_tokens=False)
-        return [np.array(encoding.ids, np.uint32) for encoding in encodings]
+    def encode(self, documents: Sequence[Document]) -> list[NDArray[np.unsignedinteger[Any]]]:
+        """Ids of each document, (n,), without BOS and EOS.
 
-    def frame(self, documents: Sequence[NDArray[Any]]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
-        """Documents joined into one array, (n,), each between BOS and EOS (where there are any), and their lengths."""
-        before = np.array([] if self.bos is None else [self.bos], np.uint32)
-        after = np.array([] if self.eos is None else [self.eos], np.uint32)
-        parts = chain.from_iterable((before, ids, after) for ids in documents)
-        lengths = np.array([len(ids) for ids in documents], np.int64) + len(before) + len(after)
-        return np.concatenate([np.empty(0, np.uint32), *parts]), lengths
+        The parts of a long document give its ids when they are joined; a part gives none, or its neighbour's, where
+        the cut between them has to be moved.
+        """
+        texts = [document.text if document.part == "whole" else self._part(document) for document in documents]
+        if self._fast is not None:
+            return [self._fast.encode(text) for text in texts]
+        encodings = self._slow.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, self.dtype) for encoding in encodings]
+
+    def _part(self, document: Document) -> str:
+        if document.part == "first":
+            self._parts.start()
+        return self._parts.add(document.text, last=document.part == "last")
+
+    def _encode_text(self, text: str) -> NDArray[np.unsignedinteger[Any]]:
+        if self._fast is not None:
+            return self._fast.encode(text)
+        return np.array(self._slow.encode(text, add_special_tokens=False).ids, self.dtype)
+
+    @cached_property
+    def _slow(self) -> "Tokenizer":
+        return load_raw(self._name)
 
 
-def open_encoder(name: str, *, eos: bool, bos: bool) -> Encoder:
+def open_encoder(name: str, *, eos: bool, bos: bool, core: Core = "tokenizers") -> Encoder:
     """Open a tokenizer for encoding.
 
     Raises:
         UserError: there is no such tokenizer, or it lacks the EOS or BOS that the recipe asks for.
     """
-    tokenizer = load_raw(name)
     ids: dict[str, int | None] = {"eos": None, "bos": None}
     for role, wanted in (("eos", eos), ("bos", bos)):
         if wanted:
             text = special_token(name, role)  # type: ignore[arg-type]
-            ids[role] = None if text is None else tokenizer.token_to_id(text)
+            ids[role] = None if text is None else _id_of(name, text)
             if ids[role] is None:
                 raise UserError(f"tokenizer {name!r} has no {role}_token: choose another one, or set {role}: false")
-    return Encoder(tokenizer, eos=ids["eos"], bos=ids["bos"])
+    return Encoder(name, eos=ids["eos"], bos=ids["bos"], core=core)
+
+
+def choose_core(name: str, sample: Iterable[str]) -> tuple[Core, str]:
+    """The faster core that gives the ids of `tokenizers` for this tokenizer and this text, and why not the other.
+
+    Args:
+        name: of a tokenizer.
+        sample: texts of the corpus, from all over it; about half a megabyte is taken.
+
+    Raises:
+        UserError: there is no such tokenizer.
+    """
+    slow = load_raw(name)
+    try:
+        fast = translate(slow.to_str())
+    except Untranslatable as reason:
+        return "tokenizers", str(reason)
+    left = _SAMPLE
+    texts = []
+    for text in sample:
+        texts.append(text[: min(left, _SAMPLE_OF_ONE)])
+        left -= len(texts[-1])
+        if left <= 0:
+            break
+    for text, expected in zip(texts, slow.encode_batch_fast(texts, add_special_tokens=False), strict=True):
+        if not np.array_equal(fast.encode(text), np.array(expected.ids, np.uint32)):
+            return "tokenizers", f"the ids of a document that begins with {text[:40]!r} differ"
+    return "tiktoken", ""
 
 
 def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
@@ -75,3 +138,15 @@ def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
             batch, n_bytes = [], 0
     if batch:
         yield batch
+
+
+def _largest_id(tokenizer_json: str) -> int:
+    spec = json.loads(tokenizer_json)
+    vocab = spec["model"]["vocab"]
+    ids = vocab.values() if isinstance(vocab, dict) else [len(vocab) - 1]  # Unigram: the id is the position
+    return max([*ids, *(token["id"] for token in spec.get("added_tokens", []))])
+
+
+def _id_of(name: str, token: str) -> int | None:
+    found = load_raw(name).token_to_id(token)
+    return None if found is None else int(found)
