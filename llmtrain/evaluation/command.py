@@ -18,12 +18,12 @@ from llmtrain.evaluation.evaluate import (
     n_targets,
     note_on_length,
 )
-from llmtrain.evaluation.progress import progress
 from llmtrain.evaluation.report import AtLength, print_results, write_results
 from llmtrain.evaluation.tokens import ShardTokens
 from llmtrain.evaluation.windows import at_most
 from llmtrain.hf_model.model import HFCausalLM
 from llmtrain.model.mpt import MPT
+from llmtrain.progress import progress
 
 
 def eval_command(
@@ -78,7 +78,7 @@ def eval_command(
     total = n_targets(pieces)
     for length in wanted:
         start = time.monotonic()
-        with progress(console, f"{length:,} tokens", total) as advance:
+        with progress(console, f"{length:,} tokens", total, "tokens") as advance:
             losses = evaluate(model, tokens, length, max_tokens=max_tokens, batch_tokens=batch_tokens, advance=advance)
         found.append(AtLength(length, losses, time.monotonic() - start))
     parameter = next(model.parameters())
