@@ -144,7 +144,7 @@ def _largest_id(tokenizer_json: str) -> int:
     spec = json.loads(tokenizer_json)
     vocab = spec["model"]["vocab"]
     ids = vocab.values() if isinstance(vocab, dict) else [len(vocab) - 1]  # Unigram: the id is the position
-    return max([*ids, *(token["id"] for token in spec.get("added_tokens", []))])
+    return int(max([*ids, *(token["id"] for token in spec.get("added_tokens", []))]))
 
 
 def _id_of(name: str, token: str) -> int | None:

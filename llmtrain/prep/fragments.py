@@ -102,8 +102,6 @@ class Parts:
 
 def _before_marks(text: str, place: int) -> int:
     """The last place up to this one that does not part a character from the marks that compose with it."""
-    while place > 1 and (
-        unicodedata.combining(text[place - 1]) or unicodedata.combining(text[place : place + 1] or " ")
-    ):
+    while place > 1 and unicodedata.combining(text[place]):
         place -= 1
     return place

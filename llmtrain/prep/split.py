@@ -61,7 +61,7 @@ class SplitPart:
 
     counts: PartCounts
     tail: NDArray[Any]
-    """Tokens that wait for a row, (n,), n < seq_len; `join_tails` makes rows of them. They are not among the dropped."""
+    """Tokens that fill no row, (n,), n < seq_len; `join_tails` makes rows of them. Not counted as dropped."""
     token_counts: NDArray[np.int64]
     """How often each id is in the rows, (vocab_size,)."""
     shards: list[dict[str, Any]]

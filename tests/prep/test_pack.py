@@ -30,7 +30,9 @@ def test_rows_are_the_documents_end_to_end(lengths, seq_len, gather):
     assert out.dtype == np.uint16
     assert out.shape == (n, seq_len)
     assert np.array_equal(out.reshape(-1), everything[: n * seq_len])
-    assert packer.dropped == len(everything) - n * seq_len < seq_len
+    assert np.array_equal(packer.tail(), everything[n * seq_len :])
+    assert packer.tail().dtype == np.uint16
+    assert packer.dropped == 0
 
 
 @given(
