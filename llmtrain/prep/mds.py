@@ -7,10 +7,13 @@ columns of text (`str`, `json`) it is the size of each value in bytes (uint32) a
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import IO, Any, Literal, Self
 
 import numpy as np
 import xxhash
@@ -20,6 +23,7 @@ from numpy.typing import NDArray
 from llmtrain.errors import UserError
 
 COLUMN = "tokens"
+_CHUNK = 1 << 20  # bytes that are hashed and compressed at once
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -30,13 +34,15 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 class _Shards:
     """The files of one folder: shards as they fill up, and at the end, atomically, `index.json`.
 
-    Without `finish` (an exception in the `with` block) there is no index, and so nothing that looks like a dataset.
+    What waits for its shard to fill lies in a file, so that memory does not grow with the size of a shard. Without
+    `finish` (an exception in the `with` block) there is no index, and so nothing that looks like a dataset.
     """
 
     def __init__(
         self,
         folder: Path,
         *,
+        prefix: str,
         columns: Sequence[tuple[str, str, int | None]],
         compression: str | None,
         hashes: Sequence[str],
@@ -45,7 +51,12 @@ class _Shards:
     ) -> None:
         self.folder = folder
         self.samples = 0
+        """Written so far."""
         self.bytes_written = 0
+        """Size of the shards' files."""
+        self.entries: list[dict[str, Any]] = []
+        """What an index says about each shard."""
+        self._prefix = prefix
         self._hashes = list(hashes)
         self._compression = compression
         self._about = about
@@ -60,18 +71,19 @@ class _Shards:
             "column_sizes": [size for _, _, size in columns],
         }
         self._header = json.dumps(self._settings, sort_keys=True).encode()
-        self._shards: list[dict[str, Any]] = []
+        self._body: IO[bytes] | None = None
         folder.mkdir(parents=True, exist_ok=True)
+
+    def close(self) -> None:
+        """Write the last shard, and no index: that of several writers' shards is made of their `entries`."""
+        self._flush()
 
     def finish(self) -> None:
         """Write the last shard and the index."""
-        self._flush()
-        index: dict[str, Any] = {"version": 2, "shards": self._shards}
-        if self._about is not None:
-            index["llmtrain"] = self._about
-        partial = self.folder / "index.json.tmp"
-        partial.write_text(json.dumps(index, sort_keys=True), encoding="utf-8")
-        partial.replace(self.folder / "index.json")
+        self.close()
+        unfinished = self.folder / "index.json.tmp"
+        unfinished.write_bytes(index_content(self.entries, self._about))
+        unfinished.replace(self.folder / "index.json")
 
     def __enter__(self) -> Self:
         return self
@@ -86,33 +98,71 @@ class _Shards:
         """Write what waits, if anything does."""
         raise NotImplementedError
 
-    def _write_shard(self, sizes: NDArray[np.int64], body: Sequence[bytes]) -> None:
-        """One shard of samples of these sizes, (n,), in bytes."""
+    def _keep(self, data: "bytes | memoryview[Any]") -> None:
+        """Samples of the next shard."""
+        if self._body is None:
+            self._body = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115  (open until its shard is full)
+        self._body.write(data)
+
+    def _write_shard(self, sizes: NDArray[np.int64]) -> None:
+        """One shard of the samples that were kept, which have these sizes, (n,), in bytes."""
+        assert self._body is not None
         n = len(sizes)
         first = 8 + 4 * n + len(self._header)
         offsets = first + np.concatenate([[0], np.cumsum(sizes)])
-        raw = b"".join([np.uint32(n).tobytes(), offsets.astype("<u4").tobytes(), self._header, *body])
-        name = f"shard.{len(self._shards):05}.mds"
-        entry = {**self._settings, "samples": n, "raw_data": self._file_info(name, raw), "zip_data": None}
-        data = raw
+        head = b"".join([np.uint32(n).tobytes(), offsets.astype("<u4").tobytes(), self._header])
+        name = f"{self._prefix}.{len(self.entries):05}.mds"
+        packed = None
         if self._compression is not None:
             level = int(self._compression.partition(":")[2] or 3)
-            data = zstandard.ZstdCompressor(level=level).compress(raw)
-            name += ".zstd"
-            entry["zip_data"] = self._file_info(name, data)
-        (self.folder / name).write_bytes(data)
-        self.bytes_written += len(data)
-        self._shards.append(entry)
+            packed = zstandard.ZstdCompressor(level=level).compressobj(size=int(offsets[-1]))
+        raw_hashes, zip_hashes = ({algo: _hash(algo) for algo in self._hashes} for _ in range(2))
+        self._body.seek(0)
+        with (self.folder / (name if packed is None else f"{name}.zstd")).open("wb") as file:
+            for chunk in chain([head], iter(partial(self._body.read, _CHUNK), b"")):
+                for hasher in raw_hashes.values():
+                    hasher.update(chunk)
+                _write(file, chunk if packed is None else packed.compress(chunk), zip_hashes)
+            if packed is not None:
+                _write(file, packed.flush(), zip_hashes)
+            size = file.tell()
+        self._body.close()
+        self._body = None
+        self.bytes_written += size
+        entry = {**self._settings, "samples": n, "raw_data": _info(name, int(offsets[-1]), raw_hashes)}
+        entry["zip_data"] = None if packed is None else _info(f"{name}.zstd", size, zip_hashes)
+        self.entries.append(entry)
 
-    def _file_info(self, name: str, data: bytes) -> dict[str, Any]:
-        return {"basename": name, "bytes": len(data), "hashes": {algo: _hash(algo)(data) for algo in self._hashes}}
+
+def index_content(entries: Sequence[Mapping[str, Any]], about: Mapping[str, Any] | None) -> bytes:
+    """`index.json` of shards.
+
+    Args:
+        entries: of the shards, in their order.
+        about: written under the key "llmtrain", which Streaming ignores.
+    """
+    index: dict[str, Any] = {"version": 2, "shards": list(entries)}
+    if about is not None:
+        index["llmtrain"] = about
+    return json.dumps(index, sort_keys=True).encode()
+
+
+def _write(file: IO[bytes], data: bytes, hashers: Mapping[str, Any]) -> None:
+    file.write(data)
+    for hasher in hashers.values():
+        hasher.update(data)
+
+
+def _info(name: str, size: int, hashers: Mapping[str, Any]) -> dict[str, Any]:
+    return {"basename": name, "bytes": size, "hashes": {algo: hasher.hexdigest() for algo, hasher in hashers.items()}}
 
 
 class ShardWriter(_Shards):
-    """Writes rows of one length to `folder/shard.00000.mds[.zstd]`, ...; `index.json` appears in `finish`, atomically.
+    """Writes rows of one length to `folder/PREFIX.00000.mds[.zstd]`, ...; `index.json` appears in `finish`, atomically.
 
     Args:
         folder: is made; must not hold an index.
+        prefix: of the shards' names.
         seq_len: tokens in a row.
         dtype: of the ids in the shards, unsigned.
         compression: None, "zstd" or "zstd:LEVEL".
@@ -127,6 +177,7 @@ class ShardWriter(_Shards):
         *,
         seq_len: int,
         dtype: np.dtype[Any],
+        prefix: str = "shard",
         compression: str | None = "zstd:1",
         hashes: Sequence[str] = ("xxh64",),
         size_limit: int = 1 << 26,
@@ -135,22 +186,28 @@ class ShardWriter(_Shards):
         row_bytes = seq_len * dtype.itemsize
         column = (COLUMN, f"ndarray:{dtype.name}:{seq_len}", row_bytes)
         super().__init__(
-            folder, columns=[column], compression=compression, hashes=hashes, size_limit=size_limit, about=about
+            folder,
+            prefix=prefix,
+            columns=[column],
+            compression=compression,
+            hashes=hashes,
+            size_limit=size_limit,
+            about=about,
         )
         self._dtype = dtype
         self._row_bytes = row_bytes
         self._rows_per_shard = (size_limit - 8 - len(self._header)) // (row_bytes + 4)
         if self._rows_per_shard < 1:
             raise UserError(f"size_limit: {size_limit} bytes do not hold one row of {seq_len} tokens")
-        self._waiting: list[NDArray[Any]] = []
         self._n_waiting = 0
 
     def write(self, rows: NDArray[Any]) -> None:
-        """Add rows, (n, seq_len), of the writer's dtype. The array is kept until its shard is full."""
+        """Add rows, (n, seq_len), of the writer's dtype."""
+        little = self._dtype.newbyteorder("<")
         self.samples += len(rows)
         while len(rows):
             part = rows[: self._rows_per_shard - self._n_waiting]
-            self._waiting.append(part)
+            self._keep(np.ascontiguousarray(part, dtype=little).data)
             self._n_waiting += len(part)
             rows = rows[len(part) :]
             if self._n_waiting == self._rows_per_shard:
@@ -158,10 +215,7 @@ class ShardWriter(_Shards):
 
     def _flush(self) -> None:
         if self._n_waiting:
-            little = self._dtype.newbyteorder("<")
-            body = [np.ascontiguousarray(rows, dtype=little).tobytes() for rows in self._waiting]
-            self._write_shard(np.full(self._n_waiting, self._row_bytes), body)
-            self._waiting.clear()
+            self._write_shard(np.full(self._n_waiting, self._row_bytes))
             self._n_waiting = 0
 
 
@@ -185,6 +239,7 @@ class TextShardWriter(_Shards):
         self._columns = dict(sorted(columns.items()))  # Streaming's own order
         super().__init__(
             folder,
+            prefix="shard",
             columns=[(name, encoding, None) for name, encoding in self._columns.items()],
             compression=compression,
             hashes=hashes,
@@ -193,7 +248,7 @@ class TextShardWriter(_Shards):
         )
         self._empty = 8 + len(self._header)
         self._size_limit = size_limit
-        self._waiting: list[bytes] = []
+        self._sizes: list[int] = []
         self._bytes_waiting = self._empty
 
     def write(self, sample: Mapping[str, Any]) -> None:
@@ -205,17 +260,18 @@ class TextShardWriter(_Shards):
         packed = b"".join([np.array([len(part) for part in data], "<u4").tobytes(), *data])
         if self._bytes_waiting + len(packed) + 4 > self._size_limit:
             self._flush()
-        self._waiting.append(packed)
+        self._keep(packed)
+        self._sizes.append(len(packed))
         self._bytes_waiting += len(packed) + 4
         self.samples += 1
 
     def _flush(self) -> None:
-        if self._waiting:
-            self._write_shard(np.array([len(sample) for sample in self._waiting]), self._waiting)
-            self._waiting.clear()
+        if self._sizes:
+            self._write_shard(np.array(self._sizes))
+            self._sizes.clear()
             self._bytes_waiting = self._empty
 
 
-def _hash(name: str) -> Callable[[bytes], str]:
-    function = getattr(xxhash, name) if name.startswith("xxh") else getattr(hashlib, name)
-    return lambda data: str(function(data).hexdigest())
+def _hash(name: str) -> Any:
+    """A running hash: has `update` and `hexdigest`."""
+    return getattr(xxhash, name)() if name.startswith("xxh") else hashlib.new(name)

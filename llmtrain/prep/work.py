@@ -38,8 +38,13 @@ class Work(Protocol):
             content: of the marker.
         """
 
-    def lock(self, name: str, *, shared: bool = False) -> AbstractContextManager[None]:
+    def lock(self, name: str, *, shared: bool = False, wait: bool = False) -> AbstractContextManager[None]:
         """Hold a lock while the block runs.
+
+        Args:
+            name: of the lock.
+            shared: with others that hold it shared.
+            wait: until it is free; otherwise it is an error when it is not.
 
         Raises:
             UserError: another process holds it; says which, where that is known.
@@ -50,6 +55,15 @@ class Work(Protocol):
 
         Working files are gone afterwards.
         """
+
+    def published(self, name: str) -> bytes | None:
+        """A small file of the finished output (`prep.json`), or None when there is none."""
+
+    def occupied(self) -> bool:
+        """Whether there is anything at the output's place, be it finished, older, or somebody else's."""
+
+    def repair(self) -> None:
+        """Finish what a process that was killed in `publish` left; only under the lock of the whole output."""
 
     def discard(self) -> None:
         """Delete everything that is unfinished."""

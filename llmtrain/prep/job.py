@@ -1,0 +1,59 @@
+"""What a worker needs to know, on whatever machine it runs."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from llmtrain.errors import UserError
+from llmtrain.prep.config import PrepRecipe
+from llmtrain.prep.local_work import LocalWork
+from llmtrain.prep.plan import Plan
+from llmtrain.prep.work import Work
+
+PLAN = "plan.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe on its way to its output; small, and pickles."""
+
+    recipe: PrepRecipe
+    out: str
+    """The output: an absolute path, or a URL."""
+
+    def work(self) -> Work:
+        """Where the unfinished output lives."""
+        if is_url(self.out):
+            from llmtrain.prep.remote_work import RemoteWork
+
+            return RemoteWork(self.out)
+        return LocalWork(Path(self.out))
+
+    def plan(self) -> Plan:
+        """The plan, which was written before the first unit of work.
+
+        Raises:
+            UserError: there is none.
+        """
+        data = self.work().read(PLAN)
+        if data is None:
+            raise UserError(f"{self.out}: there is no plan; it has been finished, or discarded, by somebody else")
+        try:
+            return _parsed(data)
+        except ValueError as problem:
+            raise UserError(f"{self.out}: the plan is of another version of llmtrain ({problem})") from problem
+
+
+@lru_cache(maxsize=1)  # a worker asks for each of its units, and the plan of a large corpus is large
+def _parsed(data: bytes) -> Plan:
+    return Plan.from_json(data)
+
+
+def is_url(path: str) -> bool:
+    """Whether an output is a URL rather than a path."""
+    return "://" in path
+
+
+def job_of(recipe: PrepRecipe) -> Job:
+    """The job of a recipe, wherever its workers stand."""
+    return Job(recipe, recipe.out if is_url(recipe.out) else str(Path(recipe.out).expanduser().absolute()))
