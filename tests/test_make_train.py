@@ -17,6 +17,8 @@ from llmtrain.testing.state import same_state
 pytestmark = [pytest.mark.slow, pytest.mark.gloo_training]
 
 PROMPT = "def __init__(self"
+ASKED = """json.dumps shutil.copytree random.choice os.path.join re.compile argparse.ArgumentParser math.sqrt json.load
+    time.sleep socket.socket textwrap.wrap copy.deepcopy""".split()
 
 
 def make(target: str, folder: Path) -> str:
@@ -127,7 +129,7 @@ def test_plain_transformers_holds_a_conversation(checkout: Path, first: str, nam
     tokenizer = AutoTokenizer.from_pretrained(export, trust_remote_code=False)
     model = AutoModelForCausalLM.from_pretrained(export, trust_remote_code=False).eval()
     ended = 0
-    for name_of_function in ("json.dumps", "shutil.copytree", "random.choice"):
+    for name_of_function in ASKED:
         question = [{"role": "user", "content": f"What does `{name_of_function}` do?"}]
         text = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
         assert text.rstrip().endswith(marker)
@@ -136,7 +138,8 @@ def test_plain_transformers_holds_a_conversation(checkout: Path, first: str, nam
             answer = model.generate(ids, max_new_tokens=100, do_sample=False)[0, ids.shape[1] :].tolist()
         stops = (tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>"))
         ended += len(answer) < 100 and answer[-1] in stops
-    assert ended >= 2  # so small a model may repeat itself once; one that has not learned to stop never does
+    # So small a model repeats itself on some; one that has not learned to stop does so on all.
+    assert ended >= len(ASKED) / 2
     if name == "chat":
         assert model.config.vocab_size == 4224  # grown, a multiple of 128
 
