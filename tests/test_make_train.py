@@ -17,8 +17,20 @@ from llmtrain.testing.state import same_state
 pytestmark = [pytest.mark.slow, pytest.mark.gloo_training]
 
 PROMPT = "def __init__(self"
-ASKED = """json.dumps shutil.copytree random.choice os.path.join re.compile argparse.ArgumentParser math.sqrt json.load
-    time.sleep socket.socket textwrap.wrap copy.deepcopy""".split()
+ASKED = [
+    "json.dumps",
+    "shutil.copytree",
+    "random.choice",
+    "os.path.join",
+    "re.compile",
+    "argparse.ArgumentParser",
+    "math.sqrt",
+    "json.load",
+    "time.sleep",
+    "socket.socket",
+    "textwrap.wrap",
+    "copy.deepcopy",
+]
 
 
 def make(target: str, folder: Path) -> str:
