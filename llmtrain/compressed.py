@@ -2,11 +2,13 @@
 
 import gzip
 import io
-from pathlib import Path
-from typing import IO
+import zlib
+from pathlib import Path, PurePath
+from typing import IO, Any
 
 import zstandard
 
+_PACKED = 1 << 15  # what is unpacked at once; text shrinks to a third, but a line repeated 1,000 times to nothing
 _CHUNK = 1 << 17
 
 
@@ -17,35 +19,44 @@ def open_bytes(path: Path) -> IO[bytes]:
         EOFError: While reading: a compressed file is truncated.
         OSError: It cannot be read, or, while reading, it is damaged.
     """
-    if path.suffix == ".gz":
-        return gzip.open(path)  # type: ignore[return-value]
-    return open_zstd(path) if path.suffix == ".zst" else path.open("rb")
+    return unpacked(path.open("rb"), path.name)
 
 
-def bare_suffix(path: Path) -> str:
-    """The suffix, that of a compression left out: `.jsonl` of `x.jsonl.gz`."""
-    return path.with_suffix("").suffix if path.suffix in {".gz", ".zst"} else path.suffix
+def unpacked(file: IO[bytes], name: str) -> IO[bytes]:
+    """What a file holds, decompressed if its name ends in `.gz` or `.zst`; closing that closes the file.
 
-
-def open_zstd(path: Path) -> IO[bytes]:
-    """Open a zstd file of one or more frames for reading.
-
-    `zstandard.open` takes the end of a truncated file for the end of the data: half a corpus would be missing in
-    silence.
+    `zstandard.open` takes the end of a truncated file for the end of the data, as `gzip.open` does with an empty one:
+    half a corpus would be missing in silence.
 
     Raises:
-        EOFError: While reading: the file ends within a frame.
-        OSError: While reading: it is not zstd, or it is damaged.
+        EOFError: While reading: a compressed file is truncated.
+        OSError: While reading: it is damaged.
     """
-    return io.BufferedReader(_Frames(path), _CHUNK)
+    if not is_compressed(name):
+        return file
+    return io.BufferedReader(_Unpacked(file, PurePath(name).suffix), _CHUNK)
 
 
-class _Frames(io.RawIOBase):
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("rb")
-        self._frame: zstandard.ZstdDecompressionObj | None = None
+def is_compressed(name: str | PurePath) -> bool:
+    """Whether a file's name says that it is compressed."""
+    return PurePath(name).suffix in {".gz", ".zst"}
+
+
+def bare_suffix(path: PurePath) -> str:
+    """The suffix, that of a compression left out: `.jsonl` of `x.jsonl.gz`."""
+    return path.with_suffix("").suffix if is_compressed(path) else path.suffix
+
+
+class _Unpacked(io.RawIOBase):
+    """Members of a gzip file, or frames of a zstd file, one after another."""
+
+    def __init__(self, file: IO[bytes], suffix: str) -> None:
+        self._file = file
+        self._suffix = suffix
+        self._frame: Any = None
         self._packed = b""
-        self._plain = b""
+        self._plain = memoryview(b"")
+        self._seen = False
 
     def readable(self) -> bool:
         return True
@@ -56,19 +67,28 @@ class _Frames(io.RawIOBase):
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         while not self._plain:
-            packed = self._packed or self._file.read(_CHUNK)
+            packed = self._packed or self._file.read(_PACKED)
             self._packed = b""
+            if self._frame is None and self._seen and self._suffix == ".gz":
+                packed = packed.lstrip(b"\0") or self._file.read(_PACKED).lstrip(b"\0")  # gzip files may be padded
             if not packed:
-                if self._frame is not None:
-                    raise EOFError("the zstd data ends within a frame: the file is truncated")
+                if self._frame is not None or not self._seen:
+                    within = "within the compressed data" if self._seen else "before it begins"
+                    raise EOFError(f"the file ends {within}: it is truncated")
                 return 0
-            self._frame = self._frame or zstandard.ZstdDecompressor().decompressobj()
-            try:
-                self._plain = self._frame.decompress(packed)
-            except zstandard.ZstdError as problem:
-                raise OSError(str(problem)) from problem
-            if self._frame.eof:
-                self._packed, self._frame = self._frame.unused_data, None
+            self._unpack(packed)
         n = min(len(buffer), len(self._plain))
         buffer[:n], self._plain = self._plain[:n], self._plain[n:]
         return n
+
+    def _unpack(self, packed: bytes) -> None:
+        self._seen = True
+        try:
+            if self._frame is None:
+                gz = self._suffix == ".gz"
+                self._frame = zlib.decompressobj(wbits=31) if gz else zstandard.ZstdDecompressor().decompressobj()
+            self._plain = memoryview(self._frame.decompress(packed))
+        except (zlib.error, zstandard.ZstdError, gzip.BadGzipFile) as problem:
+            raise OSError(f"the compressed data is damaged: {problem}") from problem
+        if self._frame.eof:
+            self._packed, self._frame = self._frame.unused_data, None

@@ -140,6 +140,10 @@ class PrepRecipe(DataRecipe):
     """The tokenizer."""
     sources: list[SourceConfig] = Field(min_length=1)
     """The corpora, read in this order."""
+    on_error: Literal["fail", "skip"] = "fail"
+    """What happens at a row or file that cannot be read (bad JSON, no UTF-8, no text, a truncated archive, ...): `fail`
+    stops and names it; `skip` leaves it out, and `prep.json` and the totals say how many there were and where the first
+    ones are. Of a file that breaks off, what stands before the break is read. An empty document is no error."""
     val_fraction: float = Field(default=0.0, ge=0, lt=1)
     """Share of the documents that goes to `val` instead of `train`: decided by a hash of source and document number."""
     eos: bool = True
