@@ -1,17 +1,13 @@
 """Functions that bring the rows of a dataset into a known shape: registered ones, a user's own, and column mappings."""
 
-import contextlib
-import hashlib
 import importlib
-import inspect
 import json
-import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
 from llmtrain.conversations.messages import BadExample, Chat, Example, PromptResponse, Tokenized
 from llmtrain.errors import UserError
+from llmtrain.user_code import files_digest, import_module
 
 Preprocess = Callable[[Mapping[str, Any]], Mapping[str, Any] | Example]
 _F = TypeVar("_F", bound=Preprocess)
@@ -78,21 +74,7 @@ def identity(preprocessing_fn: str | Mapping[str, str] | None, default_for: str 
     if isinstance(name, Mapping):
         return "columns " + json.dumps(dict(name), sort_keys=True)
     function = _function(name)
-    digest = hashlib.sha256()
-    parts = (function, inspect.unwrap(function), getattr(function, "func", None))  # `func` is a partial's
-    for file in sorted({file for part in parts if (file := _file_of(part))}):
-        digest.update(Path(file).read_bytes())
-    return f"{name} {digest.hexdigest()[:16]}"
-
-
-def _file_of(function: Any) -> str | None:
-    """The file of a function, or of the class of an object that can be called."""
-    for each in (function, type(function)):
-        with contextlib.suppress(TypeError, OSError):  # a built-in, or a file that is gone
-            file = inspect.getsourcefile(each)
-            if file is not None and Path(file).is_file():
-                return file
-    return None
+    return f"{name} {files_digest(function)}"
 
 
 def _name(given: str | Mapping[str, str] | None, default_for: str | None) -> str | Mapping[str, str] | None:
@@ -145,7 +127,7 @@ def _function(name: str) -> Preprocess:
         known = ", ".join(sorted(_REGISTERED))
         raise UserError(f"preprocessing_fn: {name!r} is neither package.module:function nor registered ({known})")
     try:
-        module = _import(module_name)
+        module = import_module(module_name)
     except Exception as problem:  # importing runs any code
         reason = f"{type(problem).__name__}: {problem}"
         raise UserError(f"preprocessing_fn: {name!r}: module {module_name!r} cannot be imported: {reason}") from problem
@@ -154,19 +136,6 @@ def _function(name: str) -> Preprocess:
         what = "no function" if function is None else f"{type(function).__name__}, not a function,"
         raise UserError(f"preprocessing_fn: {name!r}: module {module_name!r} has {what} {attribute!r}")
     return function  # type: ignore[no-any-return]
-
-
-def _import(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as problem:
-        if problem.name != name.partition(".")[0]:
-            raise
-    sys.path.insert(0, str(Path.cwd()))  # a module beside the recipe: an installed command does not look there
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.pop(0)
 
 
 def _load_adapters() -> None:

@@ -120,8 +120,7 @@ class SymbolRatio(Stage):
 class Repetition(Stage):
     """Drops documents that repeat themselves, by the rules and thresholds of Gopher; null turns a rule off.
 
-    Rae et al. 2021, https://arxiv.org/abs/2112.11446, table A1. Shares are of the document's characters, except the
-    first two.
+    Rae et al. 2021, https://arxiv.org/abs/2112.11446, table A1. Shares of characters are without white space.
     """
 
     name: Literal["repetition"]
@@ -139,7 +138,7 @@ class Repetition(Stage):
     max_duplicate_n_gram_chars: dict[int, float] = Field(
         default_factory=lambda: {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.1}
     )
-    """n -> largest share of characters in n-grams of words that occur more than once."""
+    """n -> largest share of characters in n-grams of words that occurred before."""
 
 
 class Language(Stage):
