@@ -66,6 +66,43 @@ def show_data(recipe: Path, overrides: Overrides = None) -> None:
     show_command(recipe, overrides or [])
 
 
+@data.command("inspect")
+def inspect_data(
+    shards: Annotated[list[Path], typer.Argument(help="Folders of MDS shards, or with some below.")],
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Name or folder; the one that llmtrain prep took when left out.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=0, help="Rows of each folder to show.")] = 3,
+    sample_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each to show.")] = 200,
+    token_encoding_type: Annotated[str, typer.Option(help="dtype of ids that were stored as bytes.")] = "int64",
+    output: Annotated[
+        Path | None, typer.Option(help="Path of the PNG and JSON, without suffix; SHARDS/inspect.")
+    ] = None,
+) -> None:
+    """What shards hold: counts, vocabulary, lengths of documents (PNG), decoded rows; every file is checked."""
+    from llmtrain.data.inspect_command import inspect_command
+
+    sound = inspect_command(
+        shards,
+        tokenizer=tokenizer,
+        samples=samples,
+        sample_tokens=sample_tokens,
+        token_encoding_type=token_encoding_type,
+        output=output,
+    )
+    raise typer.Exit(0 if sound else 1)
+
+
+@data.command("verify")
+def verify_data(
+    shards: Annotated[list[Path], typer.Argument(help="Folders of MDS shards, or with some below.")],
+) -> None:
+    """Check every shard's size, hash, decompression and rows against the index; exit code 1 names what is damaged."""
+    from llmtrain.data.verify import verify_command
+
+    raise typer.Exit(0 if verify_command(shards) else 1)
+
+
 @app.command()
 def train(recipe: Path, overrides: Overrides = None) -> None:
     """Train a recipe in this process; `composer [-n RANKS] train.py` starts several."""
