@@ -9,7 +9,7 @@ from llmtrain.errors import UserError
 from llmtrain.prep.config import SourceConfig
 from llmtrain.prep.plan import Piece
 from llmtrain.prep.readers.bad_input import BadInput
-from llmtrain.prep.readers.row import Row, utf8_length
+from llmtrain.prep.readers.row import BadRow, Row, good_row, text_of
 
 
 def n_shards(source: SourceConfig) -> int:
@@ -50,15 +50,13 @@ def _shard_rows(source: SourceConfig, shard: int, n: int, bad: BadInput) -> Iter
             return
         except Exception as problem:  # it raises whatever its back-ends raise, a broken connection among them
             raise UserError(f"{place}: {type(problem).__name__}: {problem}") from problem
-        text = row.get(column)
-        if column not in row:
-            bad(place, f"no {column!r}; it has {', '.join(row)} (set text_column)")
-        elif not isinstance(text, str):
-            bad(place, f"{column!r} should be text, found {type(text).__name__}")
+        try:
+            good = good_row(number, text_of(row, column), place, bad)
+        except BadRow as problem:
+            bad(place, str(problem))
         else:
-            if not text:
-                bad.found_empty(place)
-            yield Row(number, text, utf8_length(text), place)
+            if good is not None:
+                yield good
         number += 1
 
 

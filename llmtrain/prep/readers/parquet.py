@@ -6,7 +6,7 @@ from typing import Any
 from llmtrain.prep.plan import InputFile, Piece
 from llmtrain.prep.readers.bad_input import BadInput
 from llmtrain.prep.readers.files import noting_damage, opened
-from llmtrain.prep.readers.row import Row, utf8_length
+from llmtrain.prep.readers.row import Row, good_row, no_column, not_text
 
 _BATCH = 64  # rows; more make reading no faster, and long documents come in dozens
 
@@ -25,7 +25,7 @@ def parquet_rows(file: InputFile, piece: Piece, column: str, bad: BadInput) -> I
             table = pyarrow.parquet.ParquetFile(data, pre_buffer=False)
             names = table.schema_arrow.names
             if column not in names:
-                bad(file.path, f"no column {column!r}; it has {', '.join(names)} (set text_column)")
+                bad(file.path, str(no_column(column, names)))
                 return
             if not table.metadata.num_rows:
                 bad.found_empty(file.path)
@@ -51,8 +51,6 @@ def _row(value: Any, number: int, column: str, place: str, bad: BadInput) -> Row
         bad(place, f"not UTF-8 (byte {problem.start} of the text)")
         return None
     if not isinstance(text, str):
-        bad(place, f"{column!r} should be text, found {type(text).__name__}")
+        bad(place, str(not_text(column, type(text))))
         return None
-    if not text:
-        bad.found_empty(place)
-    return Row(number, text, utf8_length(text), place)
+    return good_row(number, text, place, bad)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from llmtrain.prep.plan import InputFile
 from llmtrain.prep.readers.bad_input import BadInput
 from llmtrain.prep.readers.files import noting_damage
-from llmtrain.prep.readers.row import Row, utf8_length
+from llmtrain.prep.readers.row import Row, good_row
 from llmtrain.prep.readers.text import NotUtf8, text_chunks
 
 
@@ -29,11 +29,6 @@ def python_literals_rows(file: InputFile, bad: BadInput) -> Iterator[Row]:
             bad(file.path, "assigns no dict of strings (format: python_literals)")
     for number, text in enumerate(texts):
         place = f"{file.path}, text {number}"
-        try:
-            n_bytes = utf8_length(text)
-        except UnicodeEncodeError as problem:
-            bad(place, f"holds half a surrogate pair (character {problem.start})")
-            continue
-        if not text:
-            bad.found_empty(place)
-        yield Row(number, text, n_bytes, place)
+        row = good_row(number, text, place, bad)
+        if row is not None:
+            yield row
