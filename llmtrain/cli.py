@@ -32,12 +32,56 @@ app.add_typer(data, name="data")
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of recipe keys.")]
 
 
-@app.command()
-def prep(recipe: Path, overrides: Overrides = None) -> None:
-    """Turn text into MDS shards, as a data recipe (data_prep/*.yaml) says."""
-    from llmtrain.prep.run import prepare
+class MakesByDefault(TyperGroup):
+    """`llmtrain prep X` is `llmtrain prep make X`, options of it included, unless X is one of the other verbs."""
 
-    prepare(recipe, overrides or [])
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """The subcommand that the arguments name, and its own."""
+        return super().parse_args(ctx, args if args and args[0] in self.commands else ["make", *args])
+
+
+prep = typer.Typer(cls=MakesByDefault, help="Turn text into MDS shards, as a data recipe (data_prep/*.yaml) says.")
+app.add_typer(prep, name="prep")
+
+
+@prep.command("make")
+def make_shards(
+    recipe: Path,
+    overrides: Overrides = None,
+    processes: Annotated[int | None, typer.Option(help="One a core when left out.")] = None,
+    engine: Annotated[str, typer.Option(help="local, spark or datatrove.")] = "local",
+    master: Annotated[str | None, typer.Option(help="Spark's: local[2], spark://HOST:7077.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Do this share of the work, without the merge.")] = None,
+    world_size: Annotated[int | None, typer.Option(help="Number of shares.")] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Plan the work, and stop.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace output, or discard unfinished work, of another recipe.")
+    ] = False,
+) -> None:
+    """Turn text into MDS shards, as a data recipe (data_prep/*.yaml) says. Interrupted, it goes on where it was.
+
+    Where a scheduler starts many processes: --rank R --world-size W for each, and then `llmtrain prep merge RECIPE`.
+    """
+    from llmtrain.prep.run import Options, prepare
+
+    options = Options(
+        processes=processes,
+        engine=engine,
+        master=master,
+        rank=rank,
+        world_size=world_size,
+        only_plan=plan,
+        overwrite=overwrite,
+    )
+    prepare(recipe, overrides or [], options)
+
+
+@prep.command("merge")
+def merge_shards(recipe: Path, overrides: Overrides = None) -> None:
+    """Put together what the ranks of a recipe have made."""
+    from llmtrain.prep.run import prepare_merge
+
+    prepare_merge(recipe, overrides or [])
 
 
 @app.command()

@@ -154,6 +154,9 @@ class PrepRecipe(DataRecipe):
     """Quality steps, carried out in this order on every document before it is tokenised. docs/data-quality.md."""
     min_document_tokens: int = Field(default=1, ge=1)
     """Drop documents with fewer tokens (EOS and BOS not counted). `min_tokens` in older recipes."""
+    partition_bytes: int | None = Field(default=None, gt=0)
+    """Input that is one unit of work, in bytes as it lies there; the shards depend on it. Null: a sixteenth of all of
+    it, at least 1 MiB, at most 32 MiB or, where that is more, 1/4096 of all of it."""
     cut: Literal["stream", "documents"] = "stream"
     """`stream`: documents are joined end to end, and a row may hold several of them, or parts. `documents`: a row holds
     consecutive tokens of one document and nothing else; documents shorter than a row are dropped and counted."""

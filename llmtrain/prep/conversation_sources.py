@@ -9,8 +9,8 @@ from llmtrain.conversations.messages import BadExample, Chat, Example, PromptRes
 from llmtrain.conversations.rows import file_rows, hf_rows
 from llmtrain.errors import UserError
 from llmtrain.prep.conversation_config import ConversationSource
+from llmtrain.prep.inputs import files_of, named_files_of
 from llmtrain.prep.python_docs import docstring_pairs, doctest_sessions, module_name
-from llmtrain.prep.sources import files_of, named_files_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,10 +19,11 @@ from llmtrain.prep.conversation_config import ConversationRecipe, ConversationSo
 from llmtrain.prep.conversation_report import conversation_loader_yaml, print_conversations
 from llmtrain.prep.conversation_sources import Read, read
 from llmtrain.prep.in_place import hidden_until_complete
+from llmtrain.prep.inputs import describe_inputs
+from llmtrain.prep.local_work import LocalWork
 from llmtrain.prep.mds import TextShardWriter
-from llmtrain.prep.progress import progress
 from llmtrain.prep.report import print_nothing_to_do
-from llmtrain.prep.sources import describe_inputs
+from llmtrain.progress import progress
 
 _COLUMNS: Mapping[type, Mapping[str, Literal["str", "json"]]] = {
     Chat: {"messages": "json"},
@@ -72,7 +73,7 @@ def run(recipe: ConversationRecipe, console: Console) -> dict[str, Any]:
     """
     out = Path(recipe.out)
     inputs = {"sources": {source.name: _describe(source) for source in recipe.sources}}
-    done = manifest.finished(recipe, inputs)
+    done = manifest.finished(recipe, inputs, LocalWork(out))
     if done is not None:
         print_nothing_to_do(console, out, done)
         return done
@@ -80,7 +81,7 @@ def run(recipe: ConversationRecipe, console: Console) -> dict[str, Any]:
     with hidden_until_complete(out) as partial:
         content = _make(recipe, partial, console)
         content["inputs"] = inputs
-        manifest.write(partial, content)
+        (partial / manifest.NAME).write_bytes(manifest.to_json(content))
     print_conversations(console, content, time.monotonic() - start)
     console.print(f"\n{out} is complete. For the training recipe:\n", highlight=False, soft_wrap=True)
     console.print(conversation_loader_yaml(recipe), highlight=False, markup=False, soft_wrap=True)
@@ -103,7 +104,7 @@ def _make(recipe: ConversationRecipe, folder: Path, console: Console) -> dict[st
     writers: dict[str, _SplitWriter] = {}
     counts = {source.name: SourceCounts() for source in recipe.sources}
     seen: set[bytes] = set()
-    with progress(console, "reading", None) as advance:
+    with progress(console, "reading", None, "bytes") as advance:
         for source in recipe.sources:
             prefix = f"{source.name}/" if recipe.split_by_source else ""
             for split in recipe.splits_of(source):

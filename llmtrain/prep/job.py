@@ -35,13 +35,26 @@ class Job:
         Raises:
             UserError: there is none.
         """
-        data = self.work().read(PLAN)
-        if data is None:
+        plan = unfinished_plan(self.work())
+        if plan is None:
             raise UserError(f"{self.out}: there is no plan; it has been finished, or discarded, by somebody else")
-        try:
-            return _parsed(data)
-        except ValueError as problem:
-            raise UserError(f"{self.out}: the plan is of another version of llmtrain ({problem})") from problem
+        return plan
+
+
+def unfinished_plan(work: Work) -> Plan | None:
+    """The plan of unfinished work, if there is any.
+
+    Raises:
+        UserError: it is of another version of llmtrain.
+    """
+    data = work.read(PLAN)
+    try:
+        return None if data is None else _parsed(data)
+    except ValueError as problem:
+        raise UserError(
+            f"the unfinished work is of another version of llmtrain ({problem}): finish it with that, or delete the "
+            "folder .NAME.partial beside the output (.work below it on a remote storage)"
+        ) from problem
 
 
 @lru_cache(maxsize=1)  # a worker asks for each of its units, and the plan of a large corpus is large

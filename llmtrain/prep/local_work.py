@@ -15,6 +15,7 @@ from typing import IO
 
 from llmtrain.errors import UserError
 from llmtrain.prep.disk import disk_problems
+from llmtrain.prep.work import OUTPUT
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +47,8 @@ class LocalWork:
 
     def names(self, folder: str) -> set[str]:  # noqa: D102
         try:
-            return {name for name in os.listdir(self._working / folder) if not name.startswith(".")}  # noqa: PTH208
+            with os.scandir(self._working / folder) as entries:  # says what is a file without asking for each
+                return {entry.name for entry in entries if entry.is_file()}
         except FileNotFoundError:
             return set()
 
@@ -86,7 +88,8 @@ class LocalWork:
                 yield
             finally:
                 self._remove_stale()
-                if not shared and not self.names("") - {"locks", "tmp"} and _is_at(file, path):
+                alone = name == OUTPUT and not shared and _is_at(file, path)
+                if alone and {path.name for path in self._working.iterdir()} <= {"locks", "tmp"}:
                     shutil.rmtree(self._folder, ignore_errors=True)  # nothing in it: leave no trace
 
     def published(self, name: str) -> bytes | None:  # noqa: D102

@@ -6,7 +6,8 @@ from typing import Any
 
 from llmtrain.errors import UserError
 from llmtrain.prep.config import DataRecipe, PrepRecipe
-from llmtrain.prep.sources import describe_inputs
+from llmtrain.prep.inputs import describe_inputs
+from llmtrain.prep.work import Work
 from llmtrain.tokenizer import fingerprint
 
 NAME = "prep.json"
@@ -24,40 +25,55 @@ def inputs_content(recipe: PrepRecipe) -> dict[str, Any]:
     found: dict[str, Any] = {source.name: describe_inputs(source) for source in recipe.sources}
     name = recipe.tokenizer.name
     local = name is not None and Path(name).expanduser().is_dir()
-    return {"sources": found, "local_tokenizer": fingerprint(name) if local and name is not None else None}
+    content = {"sources": found, "local_tokenizer": fingerprint(name) if local and name is not None else None}
+    if recipe.stages:
+        from llmtrain.prep.stages import describe_stages
+
+        content["stages"] = describe_stages(recipe.stages)
+    return content
 
 
-def write(folder: Path, content: dict[str, Any]) -> None:
-    """Write `prep.json` into a folder."""
-    (folder / NAME).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+def to_json(content: dict[str, Any]) -> bytes:
+    """`prep.json`."""
+    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
 
 
-def finished(recipe: DataRecipe, inputs: dict[str, Any]) -> dict[str, Any] | None:
+def finished(
+    recipe: DataRecipe, inputs: dict[str, Any], work: Work, *, replaces: bool = False
+) -> dict[str, Any] | None:
     """The manifest, when this very recipe has been carried out on these inputs; None when there is work to do.
 
+    Args:
+        recipe: the recipe.
+        inputs: as `inputs_content` has them.
+        work: of the recipe's output.
+        replaces: whether another output may be replaced, although the recipe does not say `overwrite: true`.
+
     Raises:
-        UserError: `out` holds something else, and the recipe does not say `overwrite: true`, or it holds something
-            that `llmtrain prep` did not write.
+        UserError: `out` holds something else that may not be replaced, or something that `llmtrain prep` did not write.
     """
-    out = Path(recipe.out)
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    data = work.published(NAME)
+    if data is None:
+        if work.occupied():
+            raise UserError(
+                f"out: {recipe.out} exists and was not made by `llmtrain prep` (no {NAME}): choose another folder"
+            )
         return None
-    path = out / NAME
-    if not path.is_file():
-        raise UserError(f"out: {out} exists and was not made by `llmtrain prep` (no {NAME}): choose another folder")
     try:
-        done: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        done: dict[str, Any] = json.loads(data)
     except ValueError as problem:
-        if recipe.overwrite:
+        if recipe.overwrite or replaces:
             return None
-        raise UserError(f"{path} is damaged ({problem}): make the data again with overwrite=true") from problem
+        raise UserError(
+            f"{recipe.out}/{NAME} is damaged ({problem}): make the data again with overwrite=true"
+        ) from problem
     changed = _differences(_with_newer_keys(done, recipe), recipe_content(recipe), inputs)
     if not changed:
         return done
-    if recipe.overwrite:
+    if recipe.overwrite or replaces:
         return None
     raise UserError(
-        f"out: {out} was made with other settings; changed since: {', '.join(changed)}. "
+        f"out: {recipe.out} was made with other settings; changed since: {', '.join(changed)}. "
         "Choose another folder, or replace it with overwrite=true"
     )
 
@@ -80,5 +96,8 @@ def _differences(done: dict[str, Any], recipe: dict[str, Any], inputs: dict[str,
     if not changed and done.get("inputs") != inputs:
         old = done.get("inputs", {}).get("sources", {})
         names = [name for name, now in inputs["sources"].items() if old.get(name) != now]
-        changed.append(f"the files of {', '.join(names)}" if names else "the tokenizer's files")
+        other = (
+            "the stages' files and functions" if done.get("inputs", {}).get("stages") != inputs.get("stages") else ""
+        )
+        changed.append(f"the files of {', '.join(names)}" if names else other or "the tokenizer's files")
     return changed

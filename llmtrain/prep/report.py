@@ -8,14 +8,59 @@ from rich.console import Console
 from rich.table import Table
 
 from llmtrain.prep.config import PrepRecipe
+from llmtrain.prep.merge import Merged
+from llmtrain.prep.plan import Plan
+from llmtrain.prep.readers import BadInput
 from llmtrain.prep.split import SplitCounts
 
 
-def print_nothing_to_do(console: Console, out: Path, done: Mapping[str, Any]) -> None:
+def print_nothing_to_do(console: Console, out: str | Path, done: Mapping[str, Any]) -> None:
     """The one line of a run that finds its work done."""
     rows = ", ".join(f"{name} {counts['samples']:,} rows" for name, counts in done["splits"].items())
     line = f"{out} is complete ({rows}): same recipe, same inputs, nothing to do"
     console.print(line, highlight=False, soft_wrap=True)
+
+
+def print_plan(console: Console, recipe: PrepRecipe, plan: Plan) -> None:
+    """What there is to do, one line a source."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("source", no_wrap=True)
+    for column in ("partitions", "files", "MB"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for number, source in enumerate(recipe.sources):
+        mine = [partition for partition in plan.partitions if partition.source == number]
+        files = {file.path for partition in mine for piece in partition.pieces for file in piece.files}
+        size = sum(partition.size for partition in mine)
+        table.add_row(source.name, f"{len(mine):,}", f"{len(files):,}", f"{size / 1e6:,.2f}")
+    console.print(table)
+    console.print(f"planned: {len(plan.partitions):,} partitions, numbered from 0", highlight=False)
+
+
+def print_made(console: Console, recipe: PrepRecipe, merged: Merged, seconds: float) -> None:
+    """What was made, what was left out, and how to train on it."""
+    print_totals(console, merged.splits, seconds)
+    _print_bad_input(console, merged.bad_input)
+    if recipe.stages:
+        from llmtrain.prep.stages import print_stage_report
+
+        print_stage_report(console, merged.content)
+    if merged.content["hard_cuts"]:
+        line = f"{merged.content['hard_cuts']:,} cuts in long documents without a blank for 16 MB: ids may differ there"
+        console.print(line, highlight=False, soft_wrap=True)
+    console.print(f"\n{recipe.out} is complete. For the training recipe:\n", highlight=False, soft_wrap=True)
+    console.print(loader_yaml(recipe), highlight=False, markup=False, soft_wrap=True)
+
+
+def _print_bad_input(console: Console, bad: BadInput) -> None:
+    lines = []
+    if bad.counts:
+        lines.append(f"left out: {bad.counts:,} rows or files that could not be read")
+        lines += [f"  {place}: {reason}" for place, reason in bad.first]
+        lines += ["  ..."] * (bad.counts > len(bad.first))
+    if bad.empty:
+        lines.append(f"{bad.empty:,} empty documents or files, the first: {bad.first_empty[0]}")
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def print_totals(console: Console, splits: Mapping[str, SplitCounts], seconds: float) -> None:

@@ -2,6 +2,9 @@
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,35 +13,79 @@ from rich.console import Console
 
 from llmtrain.config.base import Config
 from llmtrain.config.load import load
+from llmtrain.cores import available_cores
 from llmtrain.errors import UserError
 from llmtrain.prep import manifest
-from llmtrain.prep.config import PrepRecipe, SourceConfig
+from llmtrain.prep.config import PrepRecipe
 from llmtrain.prep.conversation_config import ConversationRecipe
-from llmtrain.prep.encode import Encoder, batches, open_encoder
-from llmtrain.prep.in_place import hidden_until_complete
-from llmtrain.prep.mds import ShardWriter, token_dtype
-from llmtrain.prep.pack import Cutter, DocumentCutter, Packer
-from llmtrain.prep.progress import progress
-from llmtrain.prep.report import loader_yaml, print_nothing_to_do, print_totals
-from llmtrain.prep.sources import Document, documents, files_of
-from llmtrain.prep.split import SplitCounts, SplitWriter, is_validation
-from llmtrain.prep.train_tokenizer import train_tokenizer
-from llmtrain.tokenizer import fingerprint
+from llmtrain.prep.engines import Engine, Task
+from llmtrain.prep.engines.local import LocalEngine
+from llmtrain.prep.job import Job, job_of, unfinished_plan
+from llmtrain.prep.merge import merge, missing_partitions
+from llmtrain.prep.partition import finished_partitions, is_begun, make_partition
+from llmtrain.prep.passes import is_reduced, reduce_pass, run_pass, signed_partitions
+from llmtrain.prep.plan import Plan
+from llmtrain.prep.planning import bytes_to_read, changes, make_plan
+from llmtrain.prep.report import print_made, print_nothing_to_do, print_plan
+from llmtrain.prep.work import OUTPUT
+from llmtrain.progress import progress
+
+_BYTES_PER_PROCESS = 4 << 20  # with less to do, another process takes longer to start than it helps
 
 
-def prepare(recipe_file: Path, overrides: Sequence[str] = ()) -> None:
+@dataclass(frozen=True)
+class Options:
+    """How a recipe is carried out: nothing here changes what is written."""
+
+    processes: int | None = None
+    """Of this machine; None: one a core, as far as there is work for them."""
+    engine: str = "local"
+    """Who runs them: `local`, `spark` or `datatrove`."""
+    master: str | None = None
+    """Of Spark: `local[2]`, `spark://HOST:7077`."""
+    rank: int | None = None
+    """Do this rank's partitions only, those whose number is `rank` modulo `world_size`, and leave out the merge."""
+    world_size: int | None = None
+    """Number of ranks."""
+    only_plan: bool = False
+    """Plan, and stop."""
+    overwrite: bool = False
+    """As the recipe's `overwrite: true`."""
+
+
+def prepare(recipe_file: Path, overrides: Sequence[str] = (), options: Options | None = None) -> None:
     """Carry out a data recipe; prints progress, totals, and the loader's YAML.
 
     Raises:
-        UserError: the recipe, a source or the tokenizer has a mistake, or `out` holds something else.
+        UserError: the recipe, an option, a source or the tokenizer has a mistake, or `out` holds something else.
     """
-    recipe = load_recipe(recipe_file, overrides)
+    recipe, options, console = load_recipe(recipe_file, overrides), options or Options(), Console()
+    if options.overwrite:
+        recipe = recipe.model_copy(update={"overwrite": True})
     if isinstance(recipe, ConversationRecipe):
         from llmtrain.prep.conversations import run as run_conversations
 
-        run_conversations(recipe, Console())
+        if options != Options(overwrite=options.overwrite):
+            raise UserError(f"{recipe_file}: task: finetuning is carried out by one process; --overwrite is its option")
+        run_conversations(recipe, console)
+    elif options.rank is not None or options.world_size is not None:
+        from llmtrain.prep.ranks import run_rank
+
+        run_rank(recipe, console, options)
     else:
-        run(recipe, Console())
+        run(recipe, console, options)
+
+
+def prepare_merge(recipe_file: Path, overrides: Sequence[str] = ()) -> None:
+    """Merge what the ranks of a recipe have made; prints totals, and the loader's YAML.
+
+    Raises:
+        UserError: partitions are missing; see also `prepare`.
+    """
+    recipe = load_recipe(recipe_file, overrides)
+    if isinstance(recipe, ConversationRecipe):
+        raise UserError(f"{recipe_file}: task: finetuning is carried out by one process; there is nothing to merge")
+    run_merge(recipe, Console())
 
 
 def load_recipe(recipe_file: Path, overrides: Sequence[str] = ()) -> PrepRecipe | ConversationRecipe:
@@ -62,160 +109,182 @@ class _Task(Config):
     """What the shards are for."""
 
 
-def run(recipe: PrepRecipe, console: Console) -> dict[str, Any]:
-    """Make `recipe.out`, and return its manifest (`prep.json`).
+def run(recipe: PrepRecipe, console: Console, options: Options | None = None) -> dict[str, Any]:
+    """Make `recipe.out`, and return its manifest (`prep.json`); `{}` when it was only planned.
 
-    Everything is written to a hidden folder beside `out` and renamed when it is complete, so that an interrupted run
-    leaves nothing that looks like data. The same recipe on the same inputs gives the same bytes; done already, it says
-    so and does nothing.
+    Nothing appears at `out` before it is complete, and an interrupted run goes on where it was when it is started
+    again. The same recipe on the same inputs gives the same bytes; done already, it says so and does nothing.
 
     Raises:
         UserError: see `prepare`.
     """
-    out = Path(recipe.out)
+    options, start = options or Options(), time.monotonic()
+    job = job_of(recipe)
+    work = job.work()
     inputs = manifest.inputs_content(recipe)
-    done = manifest.finished(recipe, inputs)
-    if done is not None:
-        print_nothing_to_do(console, out, done)
+    done = finished(job, inputs)
+    if done is not None and work.is_clean():
+        print_nothing_to_do(console, recipe.out, done)
         return done
+    with work.lock(OUTPUT):
+        work.repair()
+        done = finished(job, inputs)
+        if done is not None:
+            print_nothing_to_do(console, recipe.out, done)
+            return done
+        with _worthless_work_discarded(job):
+            plan = open_plan(job, inputs, console)
+            if options.only_plan:
+                print_plan(console, recipe, plan)
+                return {}
+            engine = open_engine(options, plan)
+            everything = range(len(plan.partitions))
+            for name in passes_of(recipe):
+                run_pass_of(job, plan, engine, console, name, everything)
+                reduce_pass(job, name)
+            run_partitions(job, plan, engine, console, everything)
+            merged = merge(job)
+    print_made(console, recipe, merged, time.monotonic() - start)
+    return merged.content
+
+
+def run_merge(recipe: PrepRecipe, console: Console) -> dict[str, Any]:
+    """Merge what ranks have made, and return the manifest.
+
+    Raises:
+        UserError: partitions are missing, the recipe or its inputs have changed, or there is nothing.
+    """
     start = time.monotonic()
-    with hidden_until_complete(out) as partial:
-        content, splits = _make(recipe, partial, console)
-        content["inputs"] = inputs
-        manifest.write(partial, content)
-    print_totals(console, splits, time.monotonic() - start)
-    console.print(f"\n{out} is complete. For the training recipe:\n", highlight=False, soft_wrap=True)
-    console.print(loader_yaml(recipe), highlight=False, markup=False, soft_wrap=True)
-    return content
-
-
-def _make(recipe: PrepRecipe, folder: Path, console: Console) -> tuple[dict[str, Any], dict[str, SplitCounts]]:
-    if recipe.tokenizer.train is not None:
-        name = str(folder / "tokenizer")
-        _train_tokenizer(recipe, Path(name), console)
-    else:
-        assert recipe.tokenizer.name is not None
-        name = recipe.tokenizer.name
-    encoder = open_encoder(name, eos=recipe.eos, bos=recipe.bos)
-    facts = {
-        "tokenizer_fingerprint": fingerprint(name),
-        "vocab_size": encoder.vocab_size,
-        "eos_token_id": encoder.eos,
-        "bos_token_id": encoder.bos,
-        "max_seq_len": recipe.max_seq_len,
-        "cut": recipe.cut,
-    }
-    writers: dict[str, SplitWriter] = {}
-    with progress(console, "tokenizing", _bytes_to_read(recipe)) as advance:
-        for source in recipe.sources:
-            prefix = f"{source.name}/" if recipe.split_by_source else ""
-            for split in recipe.splits_of(source):
-                if prefix + split not in writers:
-                    writers[prefix + split] = _writer(recipe, folder / prefix / split, encoder, facts)
-            number = 0
-            for batch in batches(documents(source)):
-                held_out = [_is_held_out(recipe, source, number + i) for i in range(len(batch))]
-                number += len(batch)
-                _write_batch(batch, held_out, encoder, recipe.min_document_tokens, writers, prefix)
-                advance(sum(document.n_bytes for document in batch))
-    splits = {name: writer.finish() for name, writer in writers.items()}
-    for split, counts in splits.items():
-        if counts.samples == 0:
-            short = f" ({counts.dropped_documents:,} more are below min_document_tokens)" * bool(
-                counts.dropped_documents
-            )
+    job = job_of(recipe)
+    work = job.work()
+    inputs = manifest.inputs_content(recipe)
+    done = finished(job, inputs)
+    if done is not None and work.is_clean():
+        print_nothing_to_do(console, recipe.out, done)
+        return done
+    with work.lock(OUTPUT):
+        work.repair()
+        plan = unfinished_plan(work)
+        if plan is None:
+            done = finished(job, inputs)
+            if done is None:
+                raise UserError(f"out: there is no unfinished work on {recipe.out}: nothing to merge")
+            print_nothing_to_do(console, recipe.out, done)
+            return done
+        refuse_changed(plan, recipe, inputs)
+        missing = missing_partitions(job)
+        if missing:
+            some = ", ".join(map(str, missing[:20])) + ", ..." * (len(missing) > 20)
             raise UserError(
-                f"{split} would be empty: {counts.documents:,} documents with {counts.tokens:,} tokens{short} fill no "
-                f"row of {recipe.max_seq_len}. More text, another val_fraction, or a shorter max_seq_len is needed"
+                f"out: {recipe.out}: {len(missing):,} of {len(plan.partitions):,} partitions are missing: {some}. Run "
+                "the ranks that they belong to (number modulo world size) again, or `llmtrain prep` without --rank"
             )
-    content = {
-        "format": manifest.FORMAT,
-        "recipe": manifest.recipe_content(recipe),
-        **facts,
-        "splits": {split: counts.as_dict() for split, counts in splits.items()},
-    }
-    return content, splits
+        merged = merge(job)
+    print_made(console, recipe, merged, time.monotonic() - start)
+    return merged.content
 
 
-def _writer(recipe: PrepRecipe, folder: Path, encoder: Encoder, facts: dict[str, Any]) -> SplitWriter:
-    dtype = token_dtype(encoder.vocab_size)
-    shards = ShardWriter(
-        folder,
-        seq_len=recipe.max_seq_len,
-        dtype=dtype,
-        compression=recipe.compression,
-        hashes=recipe.hashes,
-        size_limit=recipe.size_limit,
-        about=facts,
-    )
-    cutter: Cutter = Packer(recipe.max_seq_len, dtype)
-    if recipe.cut == "documents":
-        cutter = DocumentCutter(recipe.max_seq_len, dtype, overlap=recipe.tail == "overlap")
-    return SplitWriter(shards, cutter, encoder.vocab_size)
+def open_plan(job: Job, inputs: dict[str, Any], console: Console) -> Plan:
+    """The plan of unfinished work, or a new one; to be called under the lock of the output.
 
-
-def _is_held_out(recipe: PrepRecipe, source: SourceConfig, number: int) -> bool:
-    if source.into is not None:
-        return source.into == "val"
-    return is_validation(source.name, number, recipe.val_fraction)
-
-
-def _write_batch(
-    batch: list[Document],
-    held_out: list[bool],
-    encoder: Encoder,
-    min_document_tokens: int,
-    writers: dict[str, SplitWriter],
-    prefix: str,
-) -> None:
-    ids = encoder.encode(batch)
-    for split, wanted in (("train", False), ("val", True)):
-        mine = [i for i, held in enumerate(held_out) if held == wanted]
-        kept = [i for i in mine if len(ids[i]) >= min_document_tokens]
-        if mine:
-            writers[prefix + split].add(
-                *encoder.frame([ids[i] for i in kept]),
-                n_bytes=sum(batch[i].n_bytes for i in kept),
-                dropped=len(mine) - len(kept),
-            )
-
-
-def _train_tokenizer(recipe: PrepRecipe, folder: Path, console: Console) -> None:
-    cfg = recipe.tokenizer.train
-    assert cfg is not None
-    per_source = cfg.max_bytes // len(recipe.sources)
-
-    def sample() -> Iterator[str]:
-        for source in recipe.sources:
-            left = per_source
-            for number, document in enumerate(documents(source)):
-                if _is_held_out(recipe, source, number):
-                    continue
-                yield document.text[:left]
-                left -= document.n_bytes
-                if left <= 0:
-                    break
-
-    start = time.monotonic()
-    console.print(f"training a tokenizer of {cfg.vocab_size:,} tokens ...", highlight=False)
-    train_tokenizer(sample(), cfg, folder)
-    console.print(f"trained in {time.monotonic() - start:.1f} s", highlight=False)
-
-
-def _bytes_to_read(recipe: PrepRecipe) -> int | None:
-    """How much text there is, for the time left; None when that cannot be known beforehand."""
-    total = 0
-    for source in recipe.sources:
-        if source.max_bytes is not None:
-            known = source.max_bytes
-        elif source.files is None or source.max_documents is not None:
-            return None
+    Raises:
+        UserError: the unfinished work is of another recipe or other inputs, and may not be discarded.
+    """
+    work = job.work()
+    plan = unfinished_plan(work)
+    if plan is not None:
+        if changes(plan, job.recipe, inputs) and (job.recipe.overwrite or not is_begun(work)):
+            work.discard()
         else:
-            known = 1 << 62
-        if source.files is not None:
-            files = files_of(source)
-            if any(path.suffix in {".gz", ".zst", ".parquet"} for path in files):
-                return None
-            known = min(known, sum(path.stat().st_size for path in files))
-        total += known
-    return total
+            refuse_changed(plan, job.recipe, inputs)
+            n_done = len(finished_partitions(work))
+            console.print(f"going on: {n_done:,} of {len(plan.partitions):,} partitions are done", highlight=False)
+            return plan
+    replaces = work.published(manifest.NAME) is not None
+    if replaces:
+        work.discard()
+    return make_plan(job, inputs, console, replaces=replaces)
+
+
+def refuse_changed(plan: Plan, recipe: PrepRecipe, inputs: dict[str, Any]) -> None:
+    """Raise UserError unless the plan is of this recipe and these inputs."""
+    changed = changes(plan, recipe, inputs)
+    if changed:
+        raise UserError(
+            f"out: there is unfinished work on {recipe.out} with other settings; changed since: {', '.join(changed)}. "
+            "Go on with what it was, choose another folder, or discard it with --overwrite"
+        )
+
+
+def open_engine(options: Options, plan: Plan) -> Engine:
+    """The engine that the options name.
+
+    Raises:
+        UserError: it is not installed, or an option does not go with it.
+    """
+    if options.processes is not None and options.processes < 1:
+        raise UserError(f"--processes {options.processes}: give at least 1")
+    if options.master is not None and options.engine != "spark":
+        raise UserError("--master is Spark's: give --engine spark, too")
+    if options.engine == "spark":
+        from llmtrain.prep.engines.spark import SparkEngine
+
+        return SparkEngine(options.master)
+    processes = options.processes or min(available_cores(), max(1, plan.size // _BYTES_PER_PROCESS))
+    if options.engine == "datatrove":
+        from llmtrain.prep.engines.datatrove import DatatroveEngine
+
+        return DatatroveEngine(processes)
+    if options.engine != "local":
+        raise UserError(f"--engine {options.engine}: expected local, spark or datatrove")
+    return LocalEngine(processes)
+
+
+def passes_of(recipe: PrepRecipe) -> list[str]:
+    """The passes that a recipe's stages need before anything is tokenised."""
+    if not recipe.stages:
+        return []
+    from llmtrain.prep.stages import passes
+
+    return passes(recipe.stages)
+
+
+def run_pass_of(job: Job, plan: Plan, engine: Engine, console: Console, name: str, numbers: Sequence[int]) -> None:
+    """Sign those of some partitions for a pass that are not signed yet."""
+    work = job.work()
+    done = set(numbers) if is_reduced(work, name) else signed_partitions(work, name)
+    _map(
+        partial(run_pass, job, name), [number for number in numbers if number not in done], plan, engine, console, name
+    )
+
+
+def run_partitions(job: Job, plan: Plan, engine: Engine, console: Console, numbers: Sequence[int]) -> None:
+    """Make those of some partitions that are not there yet."""
+    done = finished_partitions(job.work())
+    todo = [number for number in numbers if number not in done]
+    _map(partial(make_partition, job), todo, plan, engine, console, "tokenizing")
+
+
+def _map(task: Task, numbers: Sequence[int], plan: Plan, engine: Engine, console: Console, what: str) -> None:
+    if numbers:
+        with progress(console, what, bytes_to_read(plan, numbers), "bytes") as advance:
+            engine.map(task, numbers, advance)
+
+
+def finished(job: Job, inputs: dict[str, Any]) -> dict[str, Any] | None:
+    """See `manifest.finished`; what unfinished work was allowed to replace, it may replace still."""
+    work = job.work()
+    plan = unfinished_plan(work)
+    replaces = plan is not None and plan.replaces and not changes(plan, job.recipe, inputs)
+    return manifest.finished(job.recipe, inputs, work, replaces=replaces)
+
+
+@contextmanager
+def _worthless_work_discarded(job: Job) -> Iterator[None]:
+    """After an error before the first unit of work was done nothing is left behind."""
+    try:
+        yield
+    except BaseException:
+        if not is_begun(job.work()):
+            job.work().discard()
+        raise

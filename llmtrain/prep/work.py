@@ -5,6 +5,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
+OUTPUT = "output"
+"""The lock of a whole output: alone to change it, shared to add partitions to it."""
+
 
 class Work(Protocol):
     """Files by name (`plan.json`, `done/tokens/00012.json`) that no reader of the output sees before `publish`.
@@ -64,6 +67,9 @@ class Work(Protocol):
 
     def repair(self) -> None:
         """Finish what a process that was killed in `publish` left; only under the lock of the whole output."""
+
+    def is_clean(self) -> bool:
+        """Whether `repair` has nothing to do where the output is finished."""
 
     def discard(self) -> None:
         """Delete everything that is unfinished."""
