@@ -20,6 +20,7 @@ from llmtrain.prep.work import OUTPUT
 log = logging.getLogger(__name__)
 
 _WORKING = ".work"
+_LOCKS, _TEMPORARY = "locks", "tmp"
 _MANIFEST = "prep.json"  # what `llmtrain prep` writes last; what has none may be somebody else's
 _SECONDS_BETWEEN_TRIES = 0.1
 
@@ -79,7 +80,7 @@ class LocalWork:
 
     @contextlib.contextmanager
     def lock(self, name: str, *, shared: bool = False, wait: bool = False) -> Iterator[None]:  # noqa: D102
-        path = self._working / "locks" / name
+        path = self._working / _LOCKS / name
         with disk_problems(self._out.parent):
             file = self._locked(path, shared, wait)
         with file:
@@ -89,7 +90,7 @@ class LocalWork:
             finally:
                 self._remove_stale()
                 alone = name == OUTPUT and not shared and _is_at(file, path)
-                if alone and {path.name for path in self._working.iterdir()} <= {"locks", "tmp"}:
+                if alone and {path.name for path in self._working.iterdir()} <= {_LOCKS, _TEMPORARY}:
                     shutil.rmtree(self._folder, ignore_errors=True)  # nothing in it: leave no trace
 
     def published(self, name: str) -> bytes | None:  # noqa: D102
@@ -123,9 +124,8 @@ class LocalWork:
             # The plan first: without it the rest is nothing, whenever this is interrupted.
             (self._working / "plan.json").unlink(missing_ok=True)
             for path in (*self._folder.glob("*"), *self._working.glob("*")):
-                if path.name == "locks":
-                    continue
-                _delete(path)
+                if path.name not in {_WORKING, _LOCKS}:
+                    _delete(path)
 
     def _set_aside(self) -> None:
         if self.occupied() and not (self._out / _MANIFEST).is_file():
@@ -139,13 +139,13 @@ class LocalWork:
     def _remove_stale(self) -> None:
         """Delete what this host's processes that are no more have left."""
         host = socket.gethostname()
-        for path in (self._working / "tmp").glob(f"{host}.*"):
+        for path in (self._working / _TEMPORARY).glob(f"{host}.*"):
             pid = path.name.removeprefix(f"{host}.").partition(".")[0]
             if pid.isdecimal() and not _is_running(int(pid)):
                 _delete(path)
 
     def _temporaries(self) -> Path:
-        folder = self._working / "tmp"
+        folder = self._working / _TEMPORARY
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 

@@ -25,7 +25,9 @@ def inputs_content(recipe: PrepRecipe) -> dict[str, Any]:
     found: dict[str, Any] = {source.name: describe_inputs(source) for source in recipe.sources}
     name = recipe.tokenizer.name
     local = name is not None and Path(name).expanduser().is_dir()
-    content = {"sources": found, "local_tokenizer": fingerprint(name) if local and name is not None else None}
+    content: dict[str, Any] = {"sources": found, "local_tokenizer": None}
+    if local and name is not None:
+        content["local_tokenizer"] = fingerprint(name)
     if recipe.stages:
         from llmtrain.prep.stages import describe_stages
 
@@ -96,8 +98,7 @@ def _differences(done: dict[str, Any], recipe: dict[str, Any], inputs: dict[str,
     if not changed and done.get("inputs") != inputs:
         old = done.get("inputs", {}).get("sources", {})
         names = [name for name, now in inputs["sources"].items() if old.get(name) != now]
-        other = (
-            "the stages' files and functions" if done.get("inputs", {}).get("stages") != inputs.get("stages") else ""
-        )
-        changed.append(f"the files of {', '.join(names)}" if names else other or "the tokenizer's files")
+        stages = done.get("inputs", {}).get("stages") != inputs.get("stages")
+        other = "the stages' files and functions" if stages else "the tokenizer's files"
+        changed.append(f"the files of {', '.join(names)}" if names else other)
     return changed

@@ -62,8 +62,8 @@ def run_rank(recipe: PrepRecipe, console: Console, options: Options) -> None:
         n_done = len(finished_partitions(work))
     _say(
         console,
-        f"rank {rank} of {world_size}: its {len(mine):,} partitions are done; {n_done:,} of {len(plan.partitions):,} in "
-        "all. When none is missing: llmtrain prep merge RECIPE",
+        f"rank {rank} of {world_size}: its {len(mine):,} partitions are done; {n_done:,} of {len(plan.partitions):,} "
+        "in all. When none is missing: llmtrain prep merge RECIPE",
     )
 
 
@@ -81,7 +81,7 @@ def _checked(options: Options) -> tuple[int, int]:
         raise UserError(f"--engine {options.engine} shares out the work itself: leave out --rank and --world-size")
     if options.only_plan or options.overwrite:
         raise UserError(
-            "--plan and --overwrite concern all ranks: run `llmtrain prep RECIPE --plan --overwrite` once, and then the "
-            "ranks without them"
+            "--plan and --overwrite concern all ranks: run `llmtrain prep RECIPE --plan --overwrite` once, and then "
+            "the ranks without them"
         )
     return rank, world_size

@@ -132,7 +132,7 @@ def run(recipe: PrepRecipe, console: Console, options: Options | None = None) ->
         if done is not None:
             print_nothing_to_do(console, recipe.out, done)
             return done
-        with _worthless_work_discarded(job):
+        with _left_in_order(job, console):
             plan = open_plan(job, inputs, console)
             if options.only_plan:
                 print_plan(console, recipe, plan)
@@ -143,7 +143,7 @@ def run(recipe: PrepRecipe, console: Console, options: Options | None = None) ->
                 run_pass_of(job, plan, engine, console, name, everything)
                 reduce_pass(job, name)
             run_partitions(job, plan, engine, console, everything)
-            merged = merge(job)
+        merged = merge(job)
     print_made(console, recipe, merged, time.monotonic() - start)
     return merged.content
 
@@ -230,7 +230,9 @@ def open_engine(options: Options, plan: Plan) -> Engine:
         from llmtrain.prep.engines.spark import SparkEngine
 
         return SparkEngine(options.master)
-    processes = options.processes or min(available_cores(), max(1, plan.size // _BYTES_PER_PROCESS))
+    unknown = any(partition.size == 0 for partition in plan.partitions)  # of the hub: nobody says how large it is
+    enough = available_cores() if unknown else max(1, plan.size // _BYTES_PER_PROCESS)
+    processes = options.processes or min(available_cores(), enough)
     if options.engine == "datatrove":
         from llmtrain.prep.engines.datatrove import DatatroveEngine
 
@@ -280,11 +282,15 @@ def finished(job: Job, inputs: dict[str, Any]) -> dict[str, Any] | None:
 
 
 @contextmanager
-def _worthless_work_discarded(job: Job) -> Iterator[None]:
-    """After an error before the first unit of work was done nothing is left behind."""
+def _left_in_order(job: Job, console: Console) -> Iterator[None]:
+    """After an error before the first unit of work was done nothing is left behind; later, it is said what is."""
     try:
         yield
-    except BaseException:
-        if not is_begun(job.work()):
-            job.work().discard()
+    except BaseException as error:
+        work = job.work()
+        if not is_begun(work):
+            work.discard()
+        elif not isinstance(error, UserError):
+            n_done = len(finished_partitions(work))
+            console.print(f"stopped with {n_done:,} partitions done: the same command goes on there", highlight=False)
         raise

@@ -47,6 +47,13 @@ def recipe(tmp_path, docs, **changes):
     return PrepRecipe.model_validate({**base, **changes})
 
 
+def held_out(texts, fraction=0.2):
+    """Whether each text is for validation: by where its line begins in the file."""
+    lines = [len(json.dumps({"text": text})) + 1 for text in texts]
+    places = np.cumsum([0, *lines[:-1]])
+    return [is_validation("docs", f"docs.jsonl\0{place}", fraction) for place in places]
+
+
 def make(made_recipe):
     console = Console(file=io.StringIO(), width=200)
     content = run(made_recipe, console)
@@ -73,7 +80,7 @@ def test_rows_are_the_documents_joined_with_eos_and_split(tmp_path, docs):
     out = tmp_path / "out"
     tokenizer = AutoTokenizer.from_pretrained(out / "tokenizer")
     for split, wanted in (("train", False), ("val", True)):
-        texts = [text for i, text in enumerate(docs[1]) if is_validation("docs", i, 0.2) == wanted]
+        texts = [text for text, held in zip(docs[1], held_out(docs[1]), strict=True) if held == wanted]
         ids = [token for text in texts for token in [*tokenizer.encode(text), tokenizer.eos_token_id]]
         n = len(ids) // SEQ
         got = rows(out / split)
@@ -96,7 +103,7 @@ def test_rows_are_the_documents_joined_with_eos_and_split(tmp_path, docs):
 def test_bos_no_eos_and_short_documents(tmp_path, docs):
     content, _ = make(recipe(tmp_path, docs, bos=True, eos=False, min_document_tokens=30))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / "tokenizer")
-    kept = [tokenizer.encode(text) for i, text in enumerate(docs[1]) if not is_validation("docs", i, 0.2)]
+    kept = [tokenizer.encode(text) for text, held in zip(docs[1], held_out(docs[1]), strict=True) if not held]
     long = [ids for ids in kept if len(ids) >= 30]
     ids = [token for document in long for token in [tokenizer.bos_token_id, *document]]
     got = rows(tmp_path / "out" / "train").reshape(-1)
@@ -283,7 +290,7 @@ def test_rows_of_long_documents_only(tmp_path, docs):
     content, said = make(recipe(tmp_path, docs, cut="documents", min_document_tokens=100))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / "tokenizer")
     for split, wanted in (("train", False), ("val", True)):
-        texts = [text for i, text in enumerate(docs[1]) if is_validation("docs", i, 0.2) == wanted]
+        texts = [text for text, held in zip(docs[1], held_out(docs[1]), strict=True) if held == wanted]
         ids = [[*tokenizer.encode(text), tokenizer.eos_token_id] for text in texts]
         kept = [document for document in ids if len(document) > 100]
         starts = [sorted({*range(0, len(d) - SEQ + 1, SEQ), len(d) - SEQ}) for d in kept]
