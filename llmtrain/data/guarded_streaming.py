@@ -7,7 +7,9 @@ names it, and its cached copy is deleted.
 """
 
 import logging
+import os
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from math import ceil
 from pathlib import Path
 from time import sleep
@@ -18,11 +20,13 @@ import torch
 from filelock import FileLock
 from numpy.typing import NDArray
 from streaming import Stream, StreamingDataLoader, StreamingDataset
-from streaming.base.constant import CACHE_FILELOCK, TICK
+from streaming.base.constant import BARRIER_FILELOCK, CACHE_FILELOCK, TICK
 from streaming.base.dataset import _Iterator, _ShardState
 from streaming.base.world import World
 
 from llmtrain.data.shards import INDEX, check_columns, check_names, without_password
+from llmtrain.data.shared_cache import CacheUse, in_turn
+from llmtrain.data.shared_names import closed_afterwards, gather, own_names
 from llmtrain.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -48,7 +52,8 @@ class GuardedStream(Stream):  # type: ignore[misc]
         where = self.describe()
         index = Path(self.local) / self.split / INDEX
         try:
-            shards: list[Any] = super().get_shards(world, allow_unsafe_types)
+            with self._in_turn(INDEX) if world.is_local_leader else nullcontext():
+                shards: list[Any] = super().get_shards(world, allow_unsafe_types)
         except Exception as problem:  # each kind of storage raises its own
             if (
                 isinstance(problem, (ValueError, KeyError, TypeError))
@@ -69,6 +74,20 @@ class GuardedStream(Stream):  # type: ignore[misc]
             has = ", ".join(sorted(known)) or "none"
             raise UserError(f"{where}: validate_hash is {self.validate_hash!r}, but the shards have: {has}")
         return shards
+
+    def prepare_shard(self, shard: Any) -> int:
+        """Download and decompress a shard, if no other run has; the change in bytes of the cache."""
+        with self._in_turn(shard.file_pairs[0][0].basename):
+            try:
+                change: int = super().prepare_shard(shard)
+            except FileNotFoundError:  # another run, as it started, deleted a compressed file that it had no use for
+                change = super().prepare_shard(shard)
+        return change
+
+    def _in_turn(self, file: str) -> AbstractContextManager[None]:
+        if not self.has_other_copy():
+            return nullcontext()
+        return in_turn(Path(self.local) / self.split, file, self.download_retry * self.download_timeout + 60)
 
     def check_rows(self, shard: Any, where: str) -> None:
         """Check what the index says about a shard's rows.
@@ -104,6 +123,15 @@ class GuardedDataset(StreamingDataset):  # type: ignore[misc]
     """Whether the trainer counts samples that several ranks get (`replication`) once."""
     _problem: Exception | None = None
     _promised = 0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        with own_names() as names:
+            super().__init__(*args, **kwargs)
+        self._shared_barrier.filelock_path = names.path(BARRIER_FILELOCK)
+        self._cache_filelock_path = names.path(CACHE_FILELOCK)
+        self._names = names
+        names.give_back_with(self)
+        self._use_caches()
 
     def __iter__(self) -> Iterator[Any]:
         """This worker's samples of the next epoch, all of them or an exception."""
@@ -182,6 +210,24 @@ class GuardedDataset(StreamingDataset):  # type: ignore[misc]
             if theirs is not None and theirs != ours:
                 log.warning("%s: the recipe says %s, the checkpoint %s; the checkpoint's holds.", key, ours, theirs)
         super().load_state_dict(obj)
+        self._names.keep(self._resume_shm)
+
+    def _use_caches(self) -> None:
+        """Raises UserError on all ranks when another run reads one of the caches and one of both has a cache_limit."""
+        use, problem = CacheUse(), None
+        if self._unique_rank_world.is_local_leader:
+            caches = [Path(s.local) / s.split for s in self.streams if s.has_other_copy()]
+            problem = use.begin(caches, alone=bool(self.cache_limit))
+            use.end_with(self)
+        problems = [found for found in gather(problem) if found is not None]
+        if problems:
+            use.end(os.getpid())
+            raise UserError(problems[0])
+
+    def _resume(self, world: World, epoch: int) -> tuple[int, int]:
+        with closed_afterwards():
+            where: tuple[int, int] = super()._resume(world, epoch)
+        return where
 
     def _get_work(self, epoch: int, sample_in_epoch: int) -> NDArray[np.int64]:
         work: NDArray[np.int64] = super()._get_work(epoch, sample_in_epoch)

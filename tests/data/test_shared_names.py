@@ -1,9 +1,11 @@
-"""Runs that start on one machine at the same moment keep out of each other's shared memory."""
+"""Runs on one machine keep out of each other's shared memory, and leave none, however they end."""
 
-import fcntl
+import gc
 import itertools
 import multiprocessing
 import os
+import shutil
+import signal
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,16 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from streaming.base import dataset as streaming_dataset
+from streaming.base.world import World
 
 from llmtrain.data.config import TextLoaderConfig
-from llmtrain.data.shared_names import lock_file, one_dataset_at_a_time
+from llmtrain.data.shared_names import lock_folder, own_names
 from llmtrain.data.text import build_text_loader
 from llmtrain.testing.corpus import TinyCorpus
-from llmtrain.testing.ranks import preload, run_ranks
+from llmtrain.testing.ranks import as_if_launched, preload, run_ranks
+
+NOBODY = 65534
 
 
-def build(corpus: TinyCorpus) -> Any:
-    cfg = TextLoaderConfig.model_validate({"dataset": {"local": str(corpus.train), "max_seq_len": 32}})
+def build(corpus: TinyCorpus, workers: int = 0, **dataset: Any) -> Any:
+    dataset = {"local": str(corpus.train), **dataset}
+    cfg = TextLoaderConfig.model_validate({"dataset": {"max_seq_len": 32, **dataset}, "num_workers": workers})
     return build_text_loader(
         cfg,
         eos_token_id=corpus.eos_token_id,
@@ -30,8 +37,32 @@ def build(corpus: TinyCorpus) -> Any:
     )
 
 
-def start_together(corpus: TinyCorpus, tmp: str, number: int, barrier: Any, answers: Any) -> None:
-    folder = Path(tmp) / str(number)
+def number(loader: Any) -> int:
+    found: int = loader.dataset._shm_prefix_int
+    return found
+
+
+def files_of(*numbers: int) -> list[str]:
+    """What is left of these datasets, in shared memory and among the locks."""
+    places = {Path("/dev/shm"), lock_folder(), Path(tempfile.gettempdir())}
+    names = tuple(f"{n:06}_" for n in numbers)
+    found = (path.name for place in places if place.is_dir() for path in place.iterdir())
+    return sorted(name for name in found if name.startswith(names))
+
+
+def open_files() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
+def process(target: Any, *args: Any) -> Any:
+    preload()
+    made = multiprocessing.get_context("forkserver").Process(target=target, args=args)
+    made.start()
+    return made
+
+
+def start_together(corpus: TinyCorpus, tmp: str, place: int, barrier: Any, answers: Any) -> None:
+    folder = Path(tmp) / str(place)
     folder.mkdir()
     os.environ["TMPDIR"] = tempfile.tempdir = str(folder)  # as each run has its own
     barrier.wait()
@@ -39,33 +70,30 @@ def start_together(corpus: TinyCorpus, tmp: str, number: int, barrier: Any, answ
     try:
         for _ in range(3):
             made.append(build(corpus))
-        answers.put([loader.dataset._shm_prefix_int for loader in made])
+        answers.put([number(loader) for loader in made])
     except BaseException as problem:
         answers.put(repr(problem))
     barrier.wait()  # nobody goes before all have looked
 
 
-def test_runs_that_start_at_once_have_names_of_their_own(corpus, tmp_path) -> None:
+def test_runs_that_start_at_once_have_names_of_their_own_and_leave_nothing(corpus, tmp_path) -> None:
     context = multiprocessing.get_context("forkserver")
-    preload()
     barrier, answers = context.Barrier(6), context.Queue()
-    processes = [
-        context.Process(target=start_together, args=(corpus, str(tmp_path), number, barrier, answers))
-        for number in range(6)
-    ]
-    for process in processes:
-        process.start()
+    processes = [process(start_together, corpus, str(tmp_path), place, barrier, answers) for place in range(6)]
     found = [answers.get(timeout=120) for _ in processes]
-    for process in processes:
-        process.join(60)
+    for made in processes:
+        made.join(60)
     assert not [answer for answer in found if isinstance(answer, str)]
     numbers = list(itertools.chain(*found))
     assert len(set(numbers)) == len(numbers) == 18
+    assert not files_of(*numbers)
+    assert not list(tmp_path.glob("*/*"))
 
 
 def several(corpus: TinyCorpus) -> list[int]:
     loaders = [build(corpus) for _ in range(4)]
-    return [loader.dataset._shm_prefix_int for loader in loaders]
+    assert all(sum(1 for _ in loader) for loader in loaders)  # all ranks meet in shared memory
+    return [number(loader) for loader in loaders]
 
 
 def test_ranks_of_runs_that_start_at_once_agree(corpus) -> None:
@@ -73,44 +101,120 @@ def test_ranks_of_runs_that_start_at_once_agree(corpus) -> None:
         runs = list(pool.map(lambda _: run_ranks(several, 2, corpus), range(3)))
     for ranks in runs:
         assert ranks[0] == ranks[1]
+    assert len({n for ranks in runs for n in ranks[0]}) == 12
 
 
-def hold() -> int:
-    file = os.open(lock_file(), os.O_RDWR | os.O_CREAT, 0o600)
-    fcntl.flock(file, fcntl.LOCK_EX)
-    return file
+def train_and_hang(corpus: TinyCorpus, workers: int, dataset: dict[str, Any], answers: Any, uid: int) -> None:
+    """A run in the middle of an epoch, with a state that it was resumed from."""
+    os.setpgid(0, 0)
+    if uid:
+        os.setgid(uid)
+        os.setuid(uid)
+    as_if_launched()
+    loader = build(corpus, workers, **dataset)
+    loader.load_state_dict({"epoch": 0, "sample_in_epoch": 8, "num_canonical_nodes": 1, "shuffle_seed": 9176})
+    batches = iter(loader)
+    next(batches)
+    answers.put(number(loader))
+    time.sleep(600)
 
 
-def test_a_run_that_hangs_with_the_lock_does_not_stop_others(caplog) -> None:
-    file = hold()
-    try:
-        began = time.monotonic()
-        with one_dataset_at_a_time(patience=0.3):
-            assert time.monotonic() - began >= 0.3
-    finally:
-        os.close(file)
-    assert "going on without" in caplog.text
-    caplog.clear()
-    with one_dataset_at_a_time(patience=60):
-        assert time.monotonic() - began < 30
-    assert not caplog.text
+def killed(corpus: TinyCorpus, workers: int = 0, uid: int = 0, **dataset: Any) -> int:
+    """The number of a run that was killed in the middle of it, with its workers."""
+    answers = multiprocessing.get_context("forkserver").Queue()
+    run = process(train_and_hang, corpus, workers, dataset, answers, uid)
+    found: int = answers.get(timeout=120)
+    os.killpg(run.pid, signal.SIGKILL)
+    run.join(60)
+    return found
 
 
-def test_the_lock_is_given_back_after_a_mistake() -> None:
-    with pytest.raises(ZeroDivisionError), one_dataset_at_a_time():
-        raise ZeroDivisionError
-    os.close(hold())
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_next_run_removes_what_a_killed_one_left_and_nothing_of_a_living_one(corpus, workers: int) -> None:
+    living = build(corpus)
+    dead = [killed(corpus, workers) for _ in range(2)]
+    left = files_of(dead[1])
+    assert {name[11:] for name in left} >= {"resume", "barrier", "llmtrain", "barrier_filelock"}
+    before = files_of(number(living))
+    give_up = time.monotonic() + 60
+    while files_of(*dead):  # its workers may be dying still
+        assert time.monotonic() < give_up
+        assert sum(1 for _ in build(corpus)) > 1
+    assert sum(1 for _ in living) > 1
+    assert set(before) <= set(files_of(number(living)))
 
 
-def open_files() -> int:
-    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+def test_what_outlived_its_owner_is_removed_too(corpus) -> None:
+    """A process that took part may write a lock file after the last owner has gone."""
+    left = lock_folder() / "1000000007_cache_filelock"
+    left.touch()
+    build(corpus)
+    assert not left.exists()
 
 
-def test_making_a_dataset_leaves_no_names_of_others_open(corpus) -> None:
-    """Streaming opens those of all datasets on the machine, and would keep them."""
-    kept, grown = [], []
-    for _ in range(4):
-        before = open_files()
-        kept.append(build(corpus))
-        grown.append(open_files() - before)
-    assert grown[-1] <= grown[1], grown
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can act for another user")
+def test_two_users(corpus) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        train = shutil.copytree(corpus.train, Path(folder) / "train")
+        for path in [train, *train.iterdir()]:
+            path.chmod(0o777)
+        theirs = killed(corpus, uid=NOBODY, local=str(train))
+        owner = lock_folder() / f"{theirs}_llmtrain"
+        assert owner.stat().st_uid == NOBODY
+        assert sum(1 for _ in build(corpus))  # not stopped by it,
+        assert owner.exists()  # and each user removes what is his own
+        ours = build(corpus)
+        again = killed(corpus, uid=NOBODY, local=str(train))
+        assert not files_of(theirs)  # by the second one
+        assert files_of(number(ours))
+        for name in files_of(again):
+            (Path("/dev/shm") / name).unlink()
+
+
+def test_a_process_that_makes_many_datasets_keeps_nothing_of_them(corpus) -> None:
+    def made() -> int:
+        loader = build(corpus)
+        sum(1 for _ in loader)
+        loader.load_state_dict(loader.state_dict())
+        for _ in range(3):
+            loader.state_dict()
+        return number(loader)
+
+    made()
+    gc.collect()
+    before = open_files()
+    numbers = [made() for _ in range(5)]
+    gc.collect()
+    assert not files_of(*numbers)
+    assert open_files() == before
+
+
+def test_checkpoints_of_a_resumed_run_keep_no_file_open(corpus) -> None:
+    loader = build(corpus)
+    loader.load_state_dict(loader.state_dict())
+    before = open_files()
+    for _ in range(5):
+        loader.state_dict()
+    assert open_files() == before
+
+
+def test_names_are_given_back_after_a_mistake(corpus) -> None:
+    found = []
+
+    def fail() -> None:
+        with own_names():
+            found.append(streaming_dataset.get_shm_prefix(["/a"], [None], World.detect())[0])
+            assert files_of(*found)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert not files_of(*found)
+
+
+def test_two_streams_of_one_folder_are_refused(corpus) -> None:
+    streams = {name: {"local": str(corpus.train)} for name in "ab"}
+    cfg = TextLoaderConfig.model_validate({"dataset": {"max_seq_len": 32, "streams": streams}})
+    with pytest.raises(Exception, match="Reused local directory"):
+        build_text_loader(cfg, eos_token_id=0, tokenizer_fingerprint="", vocab_size=320, device_batch_size=8)

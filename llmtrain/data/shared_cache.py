@@ -1,0 +1,120 @@
+"""One cache folder, several runs at once: nobody sees half a file, and nobody deletes what another one counts on."""
+
+import errno
+import fcntl
+import hashlib
+import logging
+import os
+import tempfile
+import time
+import weakref
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from llmtrain.errors import UserError
+
+log = logging.getLogger(__name__)
+
+_SLOTS = 16
+"""Lock files of a folder; two shards that share one wait for each other now and then."""
+_NAP = 0.02
+
+
+def default_folder(remote: str) -> str:
+    """Where shards of `remote` are cached when nobody says it: in the temporary folder, for this user; made private.
+
+    Raises:
+        UserError: the place is another user's.
+    """
+    mine = Path(tempfile.gettempdir()) / f"llmtrain-{os.getuid()}"
+    mine.mkdir(mode=0o700, exist_ok=True)
+    if mine.is_symlink() or mine.stat().st_uid != os.getuid():
+        raise UserError(f"{mine} is not this user's: give the stream a local, a folder for its cache")
+    return str(mine / "shards" / hashlib.blake2s(remote.encode(), digest_size=16).hexdigest())
+
+
+@contextmanager
+def in_turn(folder: Path, file: str, patience: float) -> Iterator[None]:
+    """Keeps other processes of the machine from fetching the same file of a cache.
+
+    Args:
+        folder: the cache.
+        file: name in it.
+        patience: seconds after which the work is done all the same: another process may hang.
+    """
+    lock = _open(folder / f".lock-{zlib.crc32(file.encode()) % _SLOTS:02}")
+    if lock is None:
+        yield
+        return
+    try:
+        give_up = time.monotonic() + patience
+        while not _locked(lock, fcntl.LOCK_EX):
+            if time.monotonic() > give_up:
+                log.warning(
+                    "%s: another process has been fetching it for %.0f s; fetched twice", folder / file, patience
+                )
+                break
+            time.sleep(_NAP)
+        yield
+    finally:
+        os.close(lock)
+
+
+class CacheUse:
+    """Says that a run reads a cache, until its dataset goes or the process ends, however it ends.
+
+    With a `cache_limit` a run deletes shards and counts bytes as if it were alone. So it has to be.
+    """
+
+    def __init__(self) -> None:
+        self._locks: list[int] = []
+
+    def begin(self, folders: Sequence[Path], *, alone: bool) -> str | None:
+        """Returns what is in the way, or None."""
+        for folder in folders:
+            lock = _open(folder / ".in-use")
+            if lock is None:
+                continue
+            self._locks.append(lock)
+            if not _locked(lock, fcntl.LOCK_EX if alone else fcntl.LOCK_SH):
+                why = "this one has a cache_limit" if alone else "it has a cache_limit"
+                return (
+                    f"{folder} is the cache of another run or loader, and {why}, by which it deletes shards. "
+                    "Give this one a local of its own"
+                )
+        return None
+
+    def end_with(self, dataset: Any) -> None:
+        """Ends it when `dataset` is collected."""
+        weakref.finalize(dataset, self.end, os.getpid())
+
+    def end(self, pid: int) -> None:
+        """Gives the locks back, in the process that took them."""
+        if os.getpid() == pid:
+            while self._locks:
+                os.close(self._locks.pop())
+
+
+def _open(path: Path) -> int | None:
+    """The file, which stays; None where there can be no lock: others that write there have the same trouble."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    except OSError:
+        pass
+    try:
+        return os.open(path, os.O_RDONLY | os.O_NOFOLLOW)  # another user's: enough to lock it
+    except OSError:
+        return None
+
+
+def _locked(file: int, how: int) -> bool:
+    """Whether the lock was to be had; True where the file system knows no locks."""
+    try:
+        fcntl.flock(file, how | fcntl.LOCK_NB)
+    except OSError as problem:
+        return problem.errno not in (errno.EWOULDBLOCK, errno.EACCES)
+    return True
