@@ -47,7 +47,7 @@ class TextCollator:
 
     The batch holds `input_ids` and `labels`, int64 (B, T): labels are the unshifted ids, all of them targets (EOS
     too), the model shifts; those of a blank row are -100. `sequence_id`, int64 (B, T), where a boundary token is given;
-    `sample_id`, int64 (B,), where the rows have one.
+    `sample_id` and `stream_id` (the number of the row's source), int64 (B,), where the rows have one.
     """
 
     def __init__(self, *, eos_token_id: int | None = None, bos_token_id: int | None = None) -> None:
@@ -55,7 +55,7 @@ class TextCollator:
         self.bos_token_id = bos_token_id
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Stack rows: `tokens`, integer arrays of one length; some with `sample_id`, or `blank` where none counts."""
+        """Stack rows: `tokens`, integer arrays of one length; some with `sample_id`, `stream_id`, or `blank`."""
         input_ids = torch.from_numpy(np.stack([row["tokens"] for row in rows]).astype(np.int64))
         labels = input_ids.clone()
         labels[torch.tensor([bool(row.get("blank")) for row in rows])] = IGNORE
@@ -64,6 +64,7 @@ class TextCollator:
             batch["sequence_id"] = sequence_ids(input_ids, self.eos_token_id, "eos")
         elif self.bos_token_id is not None:
             batch["sequence_id"] = sequence_ids(input_ids, self.bos_token_id, "bos")
-        if "sample_id" in rows[0]:
-            batch["sample_id"] = torch.tensor([int(row["sample_id"]) for row in rows])
+        for key in ("sample_id", "stream_id"):
+            if key in rows[0]:
+                batch[key] = torch.tensor([int(row[key]) for row in rows])
         return batch

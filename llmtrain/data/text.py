@@ -13,7 +13,7 @@ from llmtrain.data.config import StreamConfig, TextDatasetConfig, TextLoaderConf
 from llmtrain.data.evaluation import EveryRowOnce
 from llmtrain.data.guarded_streaming import GuardedDataset, GuardedLoader, GuardedStream
 from llmtrain.data.shards import prepared_with, require_index
-from llmtrain.data.shared_names import one_dataset_at_a_time
+from llmtrain.data.shared_cache import default_folder
 from llmtrain.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -26,9 +26,13 @@ class TextDataset(GuardedDataset):
         cfg: What to read and in which order.
         vocab_size: Ids that the model has; a row with a larger one is refused.
         batch_size: Rows in a batch of one device.
+
+    Attributes:
+        source_names: of a mixture's streams; () where there is no mixture.
     """
 
     def __init__(self, cfg: TextDatasetConfig, *, vocab_size: int, batch_size: int) -> None:
+        self.source_names = tuple(cfg.streams or ())
         self.max_seq_len = cfg.max_seq_len
         self.vocab_size = vocab_size
         self._bytes_dtype = np.dtype(cfg.token_encoding_type)
@@ -60,7 +64,8 @@ class TextDataset(GuardedDataset):
         self.num_canonical_nodes = cfg.num_canonical_nodes or canonical_nodes(self._smallest_part(), cfg.shuffle)
 
     def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Any]:
-        """One row: `tokens`, (max_seq_len,) of an integer dtype; `sample_id` where it is asked for.
+        """One row: `tokens`, (max_seq_len,) of an integer dtype; `sample_id` where it is asked for; of a mixture also
+        `stream_id`, the number of the stream.
 
         Raises:
             UserError: The row is too short, or has an id that the model does not know; names shard and row.
@@ -82,7 +87,12 @@ class TextDataset(GuardedDataset):
                 f"{self._row(sample_id)}: token id {low if low < 0 else high} is outside of the model's vocabulary of "
                 f"{self.vocab_size}. Were these shards made with another tokenizer (or is token_encoding_type wrong)?"
             )
-        return {"tokens": tokens, "sample_id": sample_id} if self._with_ids else {"tokens": tokens}
+        row: dict[str, Any] = {"tokens": tokens}
+        if self._with_ids:
+            row["sample_id"] = sample_id
+        if self.source_names:
+            row["stream_id"] = self.stream_per_shard[self.spanner[sample_id][0]]
+        return row
 
     def _smallest_part(self) -> int:
         """Rows of an epoch that are cut into canonical nodes together: all, or with some batching a stream's."""
@@ -109,7 +119,9 @@ class TextEvaluationDataset(EveryRowOnce, TextDataset):
     def blank_row(self) -> dict[str, Any]:
         """A row of token 0 whose labels the collator makes -100; its `sample_id` is -1."""
         row = {"tokens": np.zeros(self.max_seq_len, np.int64), "blank": True}
-        return {**row, "sample_id": -1} if self._with_ids else row
+        if self._with_ids:
+            row["sample_id"] = -1
+        return {**row, "stream_id": 0} if self.source_names else row
 
 
 def canonical_nodes(rows: int, shuffle: bool) -> int:
@@ -158,18 +170,15 @@ def build_text_loader(
     if sequence_parallel_degree > 1:
         data = data.model_copy(update={"replication": sequence_parallel_degree})
     _check_boundary(data, eos_token_id)
-    for name, key, stream in _named_streams(data):
+    for _, key, stream in _named_streams(data):
         split = stream.split if stream.split is not None else data.split or ""
         if stream.remote is None:
             require_index(Path(stream.local or "") / split, key + "local")
         elif "://" not in stream.remote:
             require_index(Path(stream.remote) / split, key + "remote")
-        if name and stream.local is None and stream.remote is not None:
-            log.info("stream %r has no local: its shards are cached in the temporary folder", name)
     kind = TextEvaluationDataset if evaluation else TextDataset
     try:
-        with one_dataset_at_a_time():
-            dataset = kind(data, vocab_size=vocab_size, batch_size=device_batch_size)
+        dataset = kind(data, vocab_size=vocab_size, batch_size=device_batch_size)
     except ValueError as problem:  # Streaming's own checks of its arguments
         raise UserError(f"dataset: {problem}") from problem
     dataset.counted_once = sequence_parallel_degree > 1
@@ -201,6 +210,9 @@ def _named_streams(cfg: TextDatasetConfig) -> list[tuple[str, str, StreamConfig]
 def _streams(cfg: TextDatasetConfig) -> list[GuardedStream]:
     streams = []
     for name, _, settings in _named_streams(cfg):
+        if settings.local is None and settings.remote is not None:
+            settings = settings.model_copy(update={"local": default_folder(settings.remote)})
+            log.info("stream %r has no local: its shards are cached in %s", name, settings.local)
         stream = GuardedStream(**settings.model_dump())
         stream.name = name
         stream.max_seq_len = cfg.max_seq_len

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from llmtrain.errors import UserError
 from llmtrain.evaluation import source as sources
+from llmtrain.evaluation.by_source import LossBySource
 from llmtrain.evaluation.evaluate import (
     TOKENS_IN_A_BATCH,
     check_length,
@@ -76,12 +77,23 @@ def eval_command(
             console.print(f"note: {note}", highlight=False, soft_wrap=True)
     found = []
     total = n_targets(pieces)
+    parameter = next(model.parameters())
+    names = list(dict.fromkeys(tokens.sources))
     for length in wanted:
         start = time.monotonic()
         with progress(console, f"{length:,} tokens", total, "tokens") as advance:
-            losses = evaluate(model, tokens, length, max_tokens=max_tokens, batch_tokens=batch_tokens, advance=advance)
-        found.append(AtLength(length, losses, time.monotonic() - start))
-    parameter = next(model.parameters())
+            by_source = LossBySource(names, parameter.device) if len(names) > 1 else None
+            losses = evaluate(
+                model,
+                tokens,
+                length,
+                max_tokens=max_tokens,
+                batch_tokens=batch_tokens,
+                advance=advance,
+                by_source=by_source,
+            )
+        of_each = {} if by_source is None else by_source.results()
+        found.append(AtLength(length, losses, time.monotonic() - start, of_each))
     about = {
         "source": place.name,
         "data": [name for part in parts for name in part.names],

@@ -9,6 +9,7 @@ from torch import Tensor
 from llmtrain.data.batch import IGNORE
 from llmtrain.errors import UserError
 from llmtrain.evaluation.by_position import LossByPosition
+from llmtrain.evaluation.by_source import LossBySource
 from llmtrain.evaluation.tokens import Tokens
 from llmtrain.evaluation.windows import Window, at_most, windows
 from llmtrain.hf_model.model import HFCausalLM
@@ -27,6 +28,7 @@ def evaluate(
     max_tokens: int | None = None,
     batch_tokens: int = TOKENS_IN_A_BATCH,
     advance: Callable[[int], None] = lambda n: None,
+    by_source: LossBySource | None = None,
 ) -> LossByPosition:
     """Loss at each position of windows of `length` tokens. Each token but the first of a piece is predicted once.
 
@@ -37,6 +39,7 @@ def evaluate(
         max_tokens: of the text, from its beginning.
         batch_tokens: of a forward; decides on memory and, but for rounding, on nothing else.
         advance: called with the number of targets that are done.
+        by_source: counts the losses of each of `tokens.sources`, too.
 
     Raises:
         UserError: the model cannot take so many tokens, or no piece has so many.
@@ -50,6 +53,9 @@ def evaluate(
         input_ids, labels = _stack([tokens.read(*window) for window in batch], device)
         output = model(input_ids=input_ids, labels=labels, token_losses=True)
         losses.add(output.token_losses, labels)
+        if by_source is not None:
+            numbers = [by_source.names.index(tokens.sources[window.piece]) for window in batch]
+            by_source.add(output.token_losses, labels, torch.tensor(numbers, device=device))
         advance(sum(window.length - 1 for window in batch))
     return losses
 

@@ -3,7 +3,7 @@
 import csv
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from llmtrain.evaluation.by_position import LossByPosition
+from llmtrain.evaluation.by_source import SourceLoss
 from llmtrain.evaluation.picture import draw_loss_by_position
 
 
@@ -24,6 +25,8 @@ class AtLength:
     """Loss at each position."""
     seconds: float
     """How long it took."""
+    by_source: dict[str, SourceLoss] = field(default_factory=dict)
+    """Loss of each source, where there are several."""
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -33,6 +36,7 @@ class AtLength:
             "perplexity": perplexity(self.losses.loss),
             "targets": self.losses.targets,
             "seconds": round(self.seconds, 3),
+            **({"by_source": {k: v._asdict() for k, v in self.by_source.items()}} if self.by_source else {}),
             "by_position": [b.as_dict() for b in self.losses.curve()],
         }
 
@@ -76,6 +80,22 @@ def print_results(console: Console, found: list[AtLength]) -> None:
             f"{one.losses.targets / max(one.seconds, 1e-9):,.0f}",
         )
     console.print(table)
+    if any(one.by_source for one in found):
+        console.print(_sources_table(found))
+
+
+def _sources_table(found: list[AtLength]) -> Table:
+    """Loss of each source, one line a source and one column a length."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("source", overflow="fold")
+    for one in found:
+        table.add_column(f"loss at {one.max_seq_len:,}", justify="right", no_wrap=True)
+    table.add_column("targets", justify="right", no_wrap=True)
+    for name in dict.fromkeys(name for one in found for name in one.by_source):
+        each = [one.by_source.get(name) for one in found]
+        losses = [f"{source.loss:.4f}" if source is not None else "-" for source in each]
+        table.add_row(name, *losses, f"{max(source.targets for source in each if source is not None):,}")
+    return table
 
 
 def _at_the_end(one: AtLength) -> str:

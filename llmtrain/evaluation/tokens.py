@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from llmtrain.data.config import StreamConfig, TextDatasetConfig
 from llmtrain.data.guarded_streaming import GuardedDataset
 from llmtrain.data.shards import INDEX, prepared_with, require_index
-from llmtrain.data.shared_names import one_dataset_at_a_time
 from llmtrain.data.text import TextDataset
 from llmtrain.errors import UserError
 
@@ -21,6 +20,8 @@ class Tokens(Protocol):
 
     pieces: list[int]
     """Tokens in each piece; a piece is one stream, across which a window may reach."""
+    sources: list[str]
+    """Name of the source that each piece is of."""
 
     def read(self, piece: int, start: int, stop: int) -> NDArray[np.int64]:
         """Ids of a part of a piece, (stop - start,)."""
@@ -48,10 +49,10 @@ class ShardTokens:
     ) -> None:
         self.cfg = _whole(cfg)
         _require(self.cfg, key)
-        with one_dataset_at_a_time():
-            self._dataset = TextDataset(self.cfg, vocab_size=vocab_size, batch_size=1)
+        self._dataset = TextDataset(self.cfg, vocab_size=vocab_size, batch_size=1)
         self.row_length = self._dataset.max_seq_len = self._length_of_a_row()
         self.pieces: list[int] = []
+        self.sources: list[str] = []
         self.joined = True
         """Whether a window may be longer than a row."""
         self.names = [stream.describe() for stream in self._dataset.streams]
@@ -73,6 +74,7 @@ class ShardTokens:
                 self.joined = False
                 self.pieces += [self.row_length] * rows
                 self._first_rows += range(first, first + rows)
+            self.sources += [stream.name or stream.describe()] * (len(self.pieces) - len(self.sources))
 
     def read(self, piece: int, start: int, stop: int) -> NDArray[np.int64]:
         """See Tokens."""
@@ -96,6 +98,7 @@ class JoinedTokens:
     def __init__(self, parts: Sequence[Tokens]) -> None:
         self.parts = parts
         self.pieces = [size for part in parts for size in part.pieces]
+        self.sources = [source for part in parts for source in part.sources]
         self._where = [(part, number) for part in parts for number in range(len(part.pieces))]
 
     def read(self, piece: int, start: int, stop: int) -> NDArray[np.int64]:

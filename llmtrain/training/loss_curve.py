@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 TRAIN_LOSS = "loss/train/total"
+MOST_SOURCES = 6
+"""Sources of mixtures that the picture shows; where there are more, metrics.jsonl alone has them."""
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
@@ -27,7 +29,7 @@ def smoothed(values: list[float], weight: float = 0.95) -> list[float]:
 
 
 def draw_loss_curve(metrics: Path, picture: Path) -> None:
-    """Draws training loss (each step and smoothed) and validation cross-entropy over steps."""
+    """Draws training loss (each step and smoothed) and validation cross-entropy over steps, also of few sources."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -48,9 +50,14 @@ def draw_loss_curve(metrics: Path, picture: Path) -> None:
         steps, losses = zip(*train, strict=True)
         axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8, label="train, each step")
         axes.plot(steps, smoothed(list(losses)), color="tab:blue", label="train, smoothed")
-    for i, (label, points) in enumerate(sorted(evals.items())):
-        steps, losses = zip(*points, strict=True)
+    sources = [label for label in sorted(evals) if label.rpartition("/")[0] in evals]
+    for i, label in enumerate(label for label in sorted(evals) if label not in sources):
+        steps, losses = zip(*evals[label], strict=True)
         axes.plot(steps, losses, "o-", color=f"C{i + 1}", markersize=4, label=f"{label}, {losses[-1]:.3f} at the end")
+    for i, label in enumerate(sources if len(sources) <= MOST_SOURCES else []):
+        steps, losses = zip(*evals[label], strict=True)
+        grey = str(0.25 + 0.5 * i / max(1, len(sources) - 1))
+        axes.plot(steps, losses, "--", color=grey, linewidth=1, label=f"{label}, {losses[-1]:.3f}")
     axes.set_xlabel("step")
     axes.set_ylabel("cross-entropy (nats per token)")
     axes.set_title(metrics.parent.name)

@@ -36,6 +36,7 @@ from llmtrain.training.preemption import EXIT_CODE, Preempted, Preemption
 from llmtrain.training.profiling import build_profiler
 from llmtrain.training.run_folder import MetricsFile, RunFolder
 from llmtrain.training.schedulers import build_scheduler
+from llmtrain.training.sources import source_callbacks
 
 
 def train(recipe: Recipe) -> int:
@@ -111,6 +112,7 @@ def assemble(recipe: Recipe, start: resume.StartingPoint, device: torch.device) 
         restore_rng,
         *([warmup] if warmup else []),
         *build_callbacks(recipe.callbacks, tokenizer, run.path, conversations=bool(recipe.finetuning_loaders())),
+        *source_callbacks(train_data, evaluators),
         preemption,
         *([saver] if saver else []),
     ]

@@ -122,3 +122,20 @@ def test_mistakes_are_named(run: Path, corpus: TinyCorpus, tmp_path: Path) -> No
     (other / "index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match="made with another tokenizer"):
         evaluate(run, data=[other])
+
+
+def test_each_stream_of_a_mixture_is_a_line_of_its_own(run: Path, corpus: TinyCorpus) -> None:
+    streams = {"small": {"local": str(corpus.val)}, "large": {"local": str(corpus.train), "choose": 3}}
+    dataset = json.dumps({"local": None, "streams": streams})
+    mixed, said = evaluate(run, f"eval_loader.dataset={dataset}", max_tokens=20_000)
+    (at,) = mixed["lengths"]
+    small, _ = evaluate(run, data=[corpus.val])
+    assert at["by_source"]["small"] == {
+        "loss": pytest.approx(small["lengths"][0]["loss"], rel=1e-6),
+        "targets": small["lengths"][0]["targets"],
+    }
+    sums = [source["loss"] * source["targets"] for source in at["by_source"].values()]
+    assert sum(sums) / at["targets"] == pytest.approx(at["loss"], rel=1e-6)
+    assert sum(source["targets"] for source in at["by_source"].values()) == at["targets"]
+    assert "small" in said
+    assert "by_source" not in small["lengths"][0]
