@@ -19,6 +19,7 @@ from llmtrain.prep.plan import InputFile, Piece
 from llmtrain.prep.readers import BadInput, kind_of, read_piece
 from llmtrain.prep.readers.files import opened
 from llmtrain.prep.readers.hugging_face import n_shards
+from llmtrain.prep.readers.parquet import text_bytes
 from llmtrain.prep.storage import glob_files, is_remote
 
 
@@ -175,12 +176,10 @@ def _row_groups(source: SourceConfig, file: InputFile, partition_bytes: int) -> 
     try:
         with opened(file) as data:
             metadata = pyarrow.parquet.ParquetFile(data, pre_buffer=False).metadata
-            names = metadata.schema.to_arrow_schema().names
-            sizes = [
-                metadata.row_group(i).column(names.index(source.text_column)).total_uncompressed_size
-                for i in range(metadata.num_row_groups)
-            ]
-    except (OSError, ValueError, pyarrow.ArrowException):
+            sizes = [text_bytes(metadata, group, source.text_column) for group in range(metadata.num_row_groups)]
+    except (OSError, pyarrow.ArrowException):
+        sizes = []
+    if not any(sizes):
         yield Piece((file,), size=file.size)  # whoever reads it says what is wrong with it
         return
     start = size = 0

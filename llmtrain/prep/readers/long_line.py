@@ -181,11 +181,10 @@ class _Line:
     def _scalar(self) -> type:
         """A number or a name."""
         while (end := _SCALAR.match(self._data, self._at).end()) == len(self._data):  # type: ignore[union-attr]
-            if end - self._at > _LONGEST_NUMBER:
-                raise self._not_json("a number without end")
-            if not self._more():
+            if end - self._at > _LONGEST_NUMBER or not self._more():
                 break
-            end -= self._at
+        if end - self._at > _LONGEST_NUMBER:
+            raise self._not_json("a number of too many digits")
         token = self._data[self._at : end]
         try:
             value = json.loads(token.decode())
@@ -258,7 +257,7 @@ def _incomplete(end: bytes) -> int:
     for n in range(1, len(end) + 1):
         byte = end[-n]
         if byte >= 0xC0:
-            length = 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
+            length = 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4 if byte < 0xF5 else 0
             return n if length > n else 0
         if byte < 0x80:
             return 0
