@@ -41,6 +41,8 @@ def run_rank(recipe: PrepRecipe, console: Console, options: Options) -> None:
             plan = unfinished_plan(work)
             if plan is None:
                 replaces = work.published(manifest.NAME) is not None
+                if replaces:
+                    work.discard()
                 plan = make_plan(job, inputs, console, replaces=replaces)
         refuse_changed(plan, recipe, inputs)
         engine = open_engine(options, plan)

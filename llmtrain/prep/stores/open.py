@@ -36,10 +36,40 @@ def _split(url: str) -> tuple[Callable[[], Store], str, str]:
     place, _, path = rest.partition("/")
     if not place:
         raise UserError(f"{without_password(url)}: expected {scheme}://PLACE/PATH")
+    root = f"{scheme}://{place}/"
     if scheme == "s3":
         from llmtrain.prep.stores.s3 import S3Store
 
-        return lambda: S3Store(place), f"s3://{place}/", path
+        return lambda: S3Store(place), root, path
+    if scheme == "gs" and "GCS_KEY" in os.environ and "GCS_SECRET" in os.environ:
+        from llmtrain.prep.stores.s3 import S3Store
+
+        return lambda: S3Store(place, **_gcs_through_s3()), root, path
+    if scheme == "gs":
+        from llmtrain.prep.stores.gcs import GcsStore
+
+        return lambda: GcsStore(place), root, path
+    if scheme == "azure":
+        from llmtrain.prep.stores.azure import AzureStore
+
+        container, _, blob = path.partition("/")
+        if not container:
+            raise UserError(f"{url}: expected azure://ACCOUNT.blob.core.windows.net/CONTAINER/PATH")
+        return lambda: AzureStore(place, container), f"{root}{container}/", blob
+    if scheme == "sftp":
+        from llmtrain.prep.stores.sftp import SftpStore
+
+        return lambda: SftpStore(place), root, path
     raise UserError(
         f"{without_password(url)}: {scheme}:// is not supported; use s3, gs, azure or sftp, or copy the files here"
     )
+
+
+def _gcs_through_s3() -> dict[str, str]:
+    """Google's storage speaks S3, too; that is what these two keys are for."""
+    return {
+        "endpoint_url": "https://storage.googleapis.com",
+        "region_name": "auto",
+        "aws_access_key_id": os.environ["GCS_KEY"],
+        "aws_secret_access_key": os.environ["GCS_SECRET"],
+    }

@@ -11,6 +11,7 @@ from typing import Any
 from llmtrain.prep.stores.store import Changed, StoredFile
 
 _ONE_REQUEST = 1 << 30  # larger files are uploaded in parts, and appear when the last one is there
+PAGE = 1000  # files that are listed at a time
 _MISSING = {"404", "NoSuchKey", "NoSuchBucket", "NotFound"}
 _FATAL = {"400", "401", "403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"} | {
     "InvalidBucketName",
@@ -66,7 +67,9 @@ class S3Store:
         more: dict[str, str] = {}
         while True:
             with _errors():
-                page = self._client.list_objects_v2(Bucket=self._bucket, Prefix=prefix, **more, **self._extra)
+                page = self._client.list_objects_v2(
+                    Bucket=self._bucket, Prefix=prefix, MaxKeys=PAGE, **more, **self._extra
+                )
             for entry in page.get("Contents", []):
                 yield _stored(entry["Key"], entry["Size"], entry)
             if not page.get("IsTruncated"):
@@ -108,11 +111,13 @@ class S3Store:
             else:
                 self._put(path, content, hashlib.md5(content).digest())
 
-    def remove(self, paths: list[str]) -> None:
+    def remove(self, path: str) -> None:
         """See `Store`."""
-        for path in paths:  # one by one: not everything that speaks S3 deletes several at once
-            with _errors():
-                self._client.delete_object(Bucket=self._bucket, Key=path, **self._extra)
+        with _errors():
+            self._client.delete_object(Bucket=self._bucket, Key=path, **self._extra)
+
+    def prune(self, folder: str, *, leftovers: bool = False) -> None:
+        """There are no folders."""
 
     def _put(self, path: str, body: Any, digest: bytes) -> None:
         md5 = base64.b64encode(digest).decode()

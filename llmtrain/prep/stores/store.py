@@ -54,5 +54,13 @@ class Store(Protocol):
     def put(self, path: str, content: bytes | Path) -> None:
         """Write a file, from bytes or a local file: afterwards it is there as a whole, or as it was before."""
 
-    def remove(self, paths: list[str]) -> None:
-        """Delete files; those that are not there are no mistake."""
+    def remove(self, path: str) -> None:
+        """Delete a file; one that is not there is no mistake."""
+
+    def prune(self, folder: str, *, leftovers: bool = False) -> None:
+        """Delete the empty folders below a folder, and itself when it is empty, where a storage has such things.
+
+        Args:
+            folder: where to begin.
+            leftovers: delete what interrupted calls of `put` left there, too; only when nobody is writing.
+        """
