@@ -1,10 +1,12 @@
 """What `train_loader` and `eval_loader` may say for `name: text`. Light: imports neither torch nor streaming."""
 
-from typing import Literal, Self
+from collections.abc import Mapping
+from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from llmtrain.config.base import Config
+from llmtrain.errors import UserError
 
 TokenEncoding = Literal["int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"]
 
@@ -46,6 +48,19 @@ class StreamConfig(Config):
         return self
 
 
+def check_weights(streams: Mapping[str, StreamConfig]) -> None:
+    """Raise ValueError when there are no streams, or only some have a proportion."""
+    if not streams:
+        raise ValueError("streams is empty")
+    without = [name for name, stream in streams.items() if stream.proportion is None]
+    if 0 < len(without) < len(streams):
+        raise ValueError(f"either all streams have a proportion or none; these have none: {', '.join(without)}")
+
+
+def _or_path(schema: dict[str, Any]) -> None:
+    schema["anyOf"].insert(1, {"type": "string"})
+
+
 class TextDatasetConfig(Config):
     """Tokenised rows in MDS shards. Names and defaults are llm-foundry's, except where the text says so."""
 
@@ -55,8 +70,9 @@ class TextDatasetConfig(Config):
     """Folder on this machine: the shards themselves when there is no `remote`, otherwise the cache."""
     remote: str | None = None
     """Where the shards are downloaded from."""
-    streams: dict[str, StreamConfig] | None = None
-    """A mixture, by name; instead of `local` and `remote`."""
+    streams: dict[str, StreamConfig] | None = Field(default=None, json_schema_extra=_or_path)
+    """A mixture, by name, or the path of a YAML file with one (`mixture.yaml` of `llmtrain prep`); instead of `local`
+    and `remote`."""
     split: str | None = None
     """Sub-folder of `local` and `remote`."""
     shuffle: bool = False
@@ -114,19 +130,26 @@ class TextDatasetConfig(Config):
     return_sample_ids: bool = False
     """Add `sample_id`, int64 (B,): the row's number in the whole dataset. (llmtrain's own.)"""
 
+    @field_validator("streams", mode="before")
+    @classmethod
+    def _from_file(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        from llmtrain.data.mixture import read_mixture
+
+        try:
+            return read_mixture(value)
+        except UserError as error:
+            raise ValueError(str(error)) from None
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.streams is not None and (self.local is not None or self.remote is not None):
             raise ValueError("give streams, or local and remote, not both")
-        if self.streams is not None and not self.streams:
-            raise ValueError("streams is empty")
         if self.streams is None and self.local is None and self.remote is None:
             raise ValueError("no data: give local (a folder on this machine), remote, or streams")
-        if self.streams:
-            with_share = [name for name, stream in self.streams.items() if stream.proportion is not None]
-            if with_share and len(with_share) != len(self.streams):
-                without = ", ".join(name for name in self.streams if name not in with_share)
-                raise ValueError(f"either all streams have a proportion or none; these have none: {without}")
+        if self.streams is not None:
+            check_weights(self.streams)
         if self.eos_token_id is not None and self.bos_token_id is not None:
             raise ValueError("give eos_token_id or bos_token_id, not both: each alone marks where a document ends")
         return self

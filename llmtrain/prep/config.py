@@ -60,6 +60,9 @@ class SourcePlace(Config):
     """Further arguments of `load_dataset` (`name: en`, `data_dir: ...`)."""
     proportion: float | None = Field(default=None, gt=0)
     """Share of this source in training. The loader does the mixing, so it needs `split_by_source: true`."""
+    repeat: float | None = Field(default=None, gt=0)
+    """How many times an epoch sees this source: 2 up-samples it, 0.5 takes another half of it each time. Instead of
+    `proportion`; needs `split_by_source: true`, too."""
 
     @model_validator(mode="after")
     def _one_place(self) -> Self:
@@ -69,6 +72,8 @@ class SourcePlace(Config):
             raise ValueError("files is empty")
         if self.hf_name is None and self.hf_kwargs:
             raise ValueError("hf_kwargs needs hf_name")
+        if self.proportion is not None and self.repeat is not None:
+            raise ValueError("give proportion or repeat, not both: each alone says how much of a source is seen")
         if {"streaming", "split", "trust_remote_code"} & set(self.hf_kwargs):
             raise ValueError("hf_kwargs may not set streaming, split or trust_remote_code")
         return self
@@ -196,8 +201,9 @@ def check_sources(sources: Sequence[SourcePlace], split_by_source: bool) -> None
     if twice:
         raise ValueError(f"sources share a name: {', '.join(twice)}")
     with_share = [source.name for source in sources if source.proportion is not None]
-    if with_share and not split_by_source:
-        raise ValueError("proportion is applied by the loader, source by source: set split_by_source: true")
+    for key in ("proportion", "repeat"):
+        if not split_by_source and any(getattr(source, key) is not None for source in sources):
+            raise ValueError(f"{key} is applied by the loader, source by source: set split_by_source: true")
     if with_share and len(with_share) != len(names):
         without = ", ".join(name for name in names if name not in with_share)
         raise ValueError(f"either all sources have a proportion or none; these have none: {without}")

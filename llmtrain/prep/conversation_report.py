@@ -56,8 +56,9 @@ def _loader(recipe: ConversationRecipe, key: str, split: str) -> list[str]:
             if split not in recipe.splits_of(source):
                 continue
             lines += [f"      {source.name}:", f"        local: {recipe.out}/{source.name}/{split}"]
-            if source.proportion is not None and training:
-                lines.append(f"        proportion: {source.proportion:g}")
+            for name in ("proportion", "repeat") if training else ():
+                if (weight := getattr(source, name)) is not None:
+                    lines.append(f"        {name}: {weight:g}")
     else:
         lines.append(f"    local: {recipe.out}/{split}")
     lines += [f"    shuffle: {str(training).lower()}", "    packing: true"]

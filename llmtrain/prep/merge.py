@@ -13,6 +13,8 @@ from llmtrain.prep import manifest
 from llmtrain.prep.config import PrepRecipe
 from llmtrain.prep.job import Job
 from llmtrain.prep.mds import index_content
+from llmtrain.prep.mixture import NAME as MIXTURE
+from llmtrain.prep.mixture import mixture_yaml
 from llmtrain.prep.partition import finished_partitions, read_partition, shard_files, shard_writer, splits_of
 from llmtrain.prep.readers import BadInput
 from llmtrain.prep.split import PartCounts, SplitCounts, SplitPart, join_tails, total
@@ -73,6 +75,9 @@ def merge(job: Job) -> Merged:
         f"{split}/index.json": index_content([*made.shards[split], *part.shards], plan.facts)
         for split, part in joined.items()
     }
+    mixture = mixture_yaml(job.recipe)
+    if mixture is not None:
+        files[MIXTURE] = mixture.encode()
     files[manifest.NAME] = manifest.to_json(content)
     work.publish(files)
     return Merged(json.loads(files[manifest.NAME]), counts, made.bad_input)

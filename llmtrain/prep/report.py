@@ -1,17 +1,22 @@
 """What is printed at the end: totals, and the loader's YAML, ready to paste."""
 
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
 from rich.console import Console
 from rich.table import Table
 
 from llmtrain.prep.config import PrepRecipe
 from llmtrain.prep.merge import Merged
+from llmtrain.prep.mixture import NAME as MIXTURE
+from llmtrain.prep.mixture import mixture_yaml, streams_of
 from llmtrain.prep.plan import Plan
 from llmtrain.prep.readers import BadInput
 from llmtrain.prep.split import SplitCounts
+from llmtrain.prep.storage import is_remote
 
 
 def print_nothing_to_do(console: Console, out: str | Path, done: Mapping[str, Any]) -> None:
@@ -49,6 +54,9 @@ def print_made(console: Console, recipe: PrepRecipe, merged: Merged, seconds: fl
         console.print(line, highlight=False, soft_wrap=True)
     console.print(f"\n{recipe.out} is complete. For the training recipe:\n", highlight=False, soft_wrap=True)
     console.print(loader_yaml(recipe), highlight=False, markup=False, soft_wrap=True)
+    if mixture_yaml(recipe) is not None:
+        line = f"{recipe.out}/{MIXTURE} has the training streams, too: streams: {recipe.out}/{MIXTURE}"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _print_bad_input(console: Console, bad: BadInput) -> None:
@@ -109,16 +117,12 @@ def loader_yaml(recipe: PrepRecipe) -> str:
 def _loader(recipe: PrepRecipe, key: str, split: str, *, shuffle: bool) -> list[str]:
     lines = [f"{key}:", "  name: text", "  dataset:"]
     if recipe.split_by_source:
-        lines.append("    streams:")
-        for source in recipe.sources:
-            if split not in recipe.splits_of(source):
-                continue
-            lines += [f"      {source.name}:", f"        local: {recipe.out}/{source.name}/{split}"]
-            if source.proportion is not None and split == "train":
-                lines.append(f"        proportion: {source.proportion:g}")
+        streams = yaml.safe_dump({"streams": streams_of(recipe, split)}, sort_keys=False)
+        lines += textwrap.indent(streams.rstrip(), "    ").splitlines()
         if split == "train" and recipe.sources[0].proportion is not None:
             lines.append("    batching_method: stratified")
     else:
-        lines.append(f"    local: {recipe.out}/{split}")
+        place = "remote" if is_remote(recipe.out) else "local"
+        lines.append(f"    {place}: {recipe.out}/{split}")
     lines += [f"    shuffle: {str(shuffle).lower()}", f"    max_seq_len: {recipe.max_seq_len}"]
     return [*lines, f"  drop_last: {str(shuffle).lower()}"]
