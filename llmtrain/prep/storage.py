@@ -13,7 +13,7 @@ from llmtrain.errors import UserError
 from llmtrain.prep.stores.open import open_store
 from llmtrain.prep.stores.remote_file import RemoteFile
 from llmtrain.prep.stores.retry import persistently
-from llmtrain.prep.stores.store import StoredFile
+from llmtrain.prep.stores.store import Changed, StoredFile
 
 
 class FileInfo(NamedTuple):
@@ -80,7 +80,7 @@ def open_input(url: str | os.PathLike[str]) -> IO[bytes]:
 
 
 def read_bytes(url: str) -> bytes | None:
-    """The content of a small file, None when there is none.
+    """The content of a small file, which may be written while it is read; None when there is none.
 
     Raises:
         UserError: the storage cannot be reached or used.
@@ -89,10 +89,19 @@ def read_bytes(url: str) -> bytes | None:
         path = Path(url)
         return path.read_bytes() if path.is_file() else None
     store, _, path_there = open_store(url)
+
+    def content() -> bytes:
+        file = store.stat(path_there)
+        data = b""
+        while len(data) < file.size:
+            try:
+                data += store.read(file, len(data), file.size - len(data))
+            except Changed as problem:  # a working file that was written meanwhile: the new one is as good
+                raise ConnectionError("it changes faster than it can be read") from problem
+        return data
+
     try:
-        file = persistently(lambda: store.stat(path_there), f"reading {url}")
-        with RemoteFile(store, file, url) as opened:
-            return opened.readall()
+        return persistently(content, f"reading {url}")
     except FileNotFoundError:
         return None
 
