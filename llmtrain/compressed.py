@@ -65,20 +65,36 @@ class _Unpacked(io.RawIOBase):
         super().close()
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        """Fill the buffer; before the end of the file or of what can be read, as far as that goes."""
+        filled = 0
+        while filled < len(buffer):
+            try:
+                plain = self._next()
+            except (EOFError, OSError):
+                if not filled:
+                    raise
+                break  # what stands before the break is given first; the next call comes here again
+            if not plain:
+                break
+            n = min(len(buffer) - filled, len(plain))
+            buffer[filled : filled + n], self._plain = plain[:n], plain[n:]
+            filled += n
+        return filled
+
+    def _next(self) -> memoryview:
+        """What is unpacked and not given yet; nothing at the end."""
         while not self._plain:
             self._packed = self._packed or memoryview(self._file.read(_CHUNK))
             if not self._packed:
                 if self._frame is not None or not self._seen:
                     within = "within the compressed data" if self._seen else "before it begins"
                     raise EOFError(f"the file ends {within}: it is truncated")
-                return 0
+                break
             if self._frame is None and self._seen and self._suffix == ".gz" and self._packed[0] == 0:
                 self._packed = self._packed[1:]  # gzip files may be padded
                 continue
             self._unpack()
-        n = min(len(buffer), len(self._plain))
-        buffer[:n], self._plain = self._plain[:n], self._plain[n:]
-        return n
+        return self._plain
 
     def _unpack(self) -> None:
         self._seen = True

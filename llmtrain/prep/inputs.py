@@ -3,9 +3,9 @@
 import glob
 import hashlib
 import json
+import re
 import sysconfig
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from fnmatch import fnmatch
 from itertools import pairwise
 from pathlib import Path
@@ -14,9 +14,10 @@ from typing import Any, Literal
 
 from llmtrain.compressed import is_compressed
 from llmtrain.errors import UserError
+from llmtrain.prep.caps import up_to_cap
 from llmtrain.prep.config import SourceConfig, SourcePlace
 from llmtrain.prep.plan import InputFile, Piece
-from llmtrain.prep.readers import BadInput, kind_of, read_piece
+from llmtrain.prep.readers import kind_of
 from llmtrain.prep.readers.files import opened
 from llmtrain.prep.readers.hugging_face import n_shards
 from llmtrain.prep.readers.parquet import text_bytes
@@ -30,9 +31,7 @@ def pieces_of(source: SourceConfig, partition_bytes: int, on_error: Literal["fai
     them, are a piece each, and so are the files that are joined to one document. A dataset of the hub has a piece for
     each of its shards.
 
-    A cap (`max_documents`, `max_bytes`) counts documents that are good, in order, so everything up to it is read here
-    once more than without: about 3 s per GB of jsonl. For text files under `on_error: fail`, for a cap beyond the size
-    of all uncompressed files, and for a dataset of the hub, which then is one piece, nothing is read.
+    With a cap (`max_documents`, `max_bytes`) the source is read here up to it, once more than without: see `up_to_cap`.
 
     Args:
         source: the source.
@@ -53,7 +52,7 @@ def pieces_of(source: SourceConfig, partition_bytes: int, on_error: Literal["fai
         pieces = [Piece(group, size=sum(file.size for file in group)) for group in _groups(source, files)]
     else:
         pieces = [piece for file in files for piece in _pieces_of_file(source, file, partition_bytes)]
-    return list(_capped(source, pieces, on_error)) if capped else pieces
+    return list(up_to_cap(source, pieces, on_error)) if capped else pieces
 
 
 def input_bytes(sources: Iterable[SourceConfig]) -> int:
@@ -77,19 +76,23 @@ def input_files(source: SourcePlace) -> list[InputFile]:
     for pattern in source.files or []:
         expanded = _expand(pattern)
         # The part before the first wildcard differs between machines; the shuffled order must not.
-        root = expanded.split("*")[0].rpartition("/")[0] + "/"
+        root = re.split(r"[*?[]", expanded, maxsplit=1)[0].rpartition("/")[0] + "/"
         matches = _matches(expanded)
         if not matches:
             where = "" if is_remote(expanded) else f" (from {Path.cwd()})"
             raise UserError(f"source {source.name!r}: no file matches {expanded!r}{where}")
-        found.update((path, InputFile(path, path.removeprefix(root), size, mtime)) for path, size, mtime in matches)
+        for path, size, mtime in matches:
+            absolute = path if is_remote(path) else str(Path(path).absolute())  # a worker may have another folder
+            found[path] = InputFile(absolute, path.removeprefix(root), size, mtime)
     exclude = [_expand(pattern) for pattern in source.exclude]
-    kept = [file for path, file in found.items() if not any(fnmatch(path, pattern) for pattern in exclude)]
+    kept = {path: file for path, file in found.items() if not any(fnmatch(path, pattern) for pattern in exclude)}
     if source.files and not kept:
         raise UserError(f"source {source.name!r}: exclude leaves none of the {len(found)} files")
+    ordered = sorted(kept, key=lambda path: path.split("/"))
+    unique = list({kept[path].path: kept[path] for path in ordered}.values())
     if source.order == "shuffled":
-        return sorted(kept, key=lambda file: hashlib.sha256(file.name.encode()).digest())
-    return sorted(kept, key=lambda file: file.path.split("/"))
+        return sorted(unique, key=lambda file: hashlib.sha256(file.name.encode()).digest())
+    return unique
 
 
 def named_files_of(source: SourcePlace) -> dict[Path, str]:
@@ -134,7 +137,8 @@ def _matches(pattern: str) -> list[tuple[str, int, int]]:
     if is_remote(pattern):
         return [(file.url, file.size, file.mtime) for file in glob_files(pattern)]
     found = []
-    for name in glob.glob(pattern, recursive=True):  # noqa: PTH207  (Path.glob takes no absolute pattern)
+    literal = Path(pattern).is_file()  # its name may have brackets in it
+    for name in [pattern] if literal else glob.glob(pattern, recursive=True):  # noqa: PTH207  (no absolute ones there)
         try:
             stat = Path(name).stat()
         except OSError:  # a link that leads nowhere is not passed over: whoever reads it says so
@@ -189,29 +193,3 @@ def _row_groups(source: SourceConfig, file: InputFile, partition_bytes: int) -> 
             start, size = i, 0
         size += more
     yield Piece((file,), "row_groups", start, len(sizes), size=size)
-
-
-def _capped(source: SourceConfig, pieces: list[Piece], on_error: Literal["fail", "skip"]) -> Iterator[Piece]:
-    """The pieces up to the one that the cap falls in, which is cut there."""
-    documents_left, bytes_left = source.max_documents, source.max_bytes
-    for piece in pieces:
-        n_documents = length = 0
-        full = False
-        for document in read_piece(source, piece, BadInput(on_error)):
-            if document.part in {"whole", "first"}:
-                if n_documents == documents_left:
-                    full = True
-                    break
-                n_documents, length = n_documents + 1, 0
-            length += document.n_bytes
-            if bytes_left is not None and length > bytes_left:
-                full, n_documents = True, n_documents - 1
-                break
-            if bytes_left is not None and document.part in {"whole", "last"}:
-                bytes_left -= length
-        if n_documents:
-            yield replace(piece, max_documents=n_documents) if full else piece
-        if full:
-            return
-        if documents_left is not None:
-            documents_left -= n_documents

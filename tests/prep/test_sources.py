@@ -9,14 +9,22 @@ import zstandard
 
 from llmtrain.errors import UserError
 from llmtrain.prep.config import SourceConfig
-from llmtrain.prep.sources import describe_inputs, documents, files_of
+from llmtrain.prep.documents import whole
+from llmtrain.prep.inputs import describe_inputs, files_of, pieces_of
+from llmtrain.prep.readers import BadInput, read_piece
 
 TEXTS = ["one", "", "zwei\nzweite Zeile", "三 🙂"]
 JSONL = "".join(json.dumps({"text": text, "n": i}) + "\n" for i, text in enumerate(TEXTS)).encode()
 
 
+def documents(**source):
+    config = SourceConfig(name="s", **source)
+    bad = BadInput("fail")
+    return [document for piece in pieces_of(config, 1 << 20) for document in whole(read_piece(config, piece, bad))]
+
+
 def texts(**source):
-    return [document.text for document in documents(SourceConfig(name="s", **source))]
+    return [document.text for document in documents(**source)]
 
 
 def write(path: Path, data: bytes) -> str:
@@ -85,7 +93,7 @@ def test_limits(tmp_path):
     assert texts(files=[path], max_bytes=2) == []
     assert texts(files=[path], max_bytes=3) == TEXTS[:2]
     assert texts(files=[path], max_bytes=3 + 17) == TEXTS[:3]
-    assert [d.n_bytes for d in documents(SourceConfig(name="s", files=[path]))] == [3, 0, 17, 8]
+    assert [d.n_bytes for d in documents(files=[path])] == [3, 0, 17, 8]
 
 
 @pytest.mark.parametrize(

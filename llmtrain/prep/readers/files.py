@@ -1,9 +1,10 @@
 """Files of a plan, opened for reading."""
 
 import errno
-from collections.abc import Iterator
+import io
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import IO
+from typing import IO, cast
 
 from llmtrain.compressed import unpacked
 from llmtrain.errors import UserError
@@ -36,7 +37,7 @@ def opened(file: InputFile) -> Iterator[IO[bytes]]:
 
 
 @contextmanager
-def opened_unpacked(file: InputFile) -> Iterator[IO[bytes]]:
+def opened_unpacked(file: InputFile) -> Iterator[io.BufferedReader]:
     """What a file holds, decompressed.
 
     Raises:
@@ -45,12 +46,17 @@ def opened_unpacked(file: InputFile) -> Iterator[IO[bytes]]:
         EOFError: while reading: it is truncated.
     """
     with opened(file) as data, unpacked(data, file.name) as content:
-        yield content
+        yield cast("io.BufferedReader", content)
 
 
 @contextmanager
-def noting_damage(path: str, bad: BadInput) -> Iterator[None]:
+def noting_damage(path: str, bad: BadInput, reached: Callable[[], str] = str) -> Iterator[None]:
     """The block ends where a file cannot be read any further, and `bad` learns of it.
+
+    Args:
+        path: of the file.
+        bad: takes note.
+        reached: says how far it could be read (`, line 7`).
 
     Raises:
         UserError: under `on_error: fail`; or the disk or the network failed, not the file.
@@ -60,4 +66,4 @@ def noting_damage(path: str, bad: BadInput) -> Iterator[None]:
     except (OSError, EOFError) as problem:
         if isinstance(problem, OSError) and problem.errno is not None and problem.errno not in _ITS_OWN_FAULT:
             raise UserError(f"{path} cannot be read: {problem}") from problem
-        bad(path, f"cannot be read: {problem}")
+        bad(path, f"cannot be read{reached()}: {problem}")

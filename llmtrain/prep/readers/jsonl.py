@@ -19,11 +19,15 @@ _parse = json.JSONDecoder().scan_once  # type: ignore[attr-defined]  # `json.loa
 def jsonl_rows(file: InputFile, piece: Piece, column: str, bad: BadInput) -> Iterator[Row]:
     """The rows that begin within the piece's bytes; blank lines are passed over."""
     before: int | None = None  # lines before the piece: counted when the first message asks for it
-    with noting_damage(file.path, bad), opened_unpacked(file) as content:
+    number = -1
+
+    def reached() -> str:
+        return f" behind line {number + 1}" if number >= 0 else ""
+
+    with noting_damage(file.path, bad, reached), opened_unpacked(file) as content:
         if file.size == 0:
             bad(file.path, "is empty: a file of rows has at least one")
             return
-        number = -1
         for number, (offset, line) in enumerate(lines(content, piece)):
             try:
                 row = _long_row(line, column) if isinstance(line, LongLine) else _short_row(line, column)

@@ -1,7 +1,7 @@
 """Lines of a file, or of a range of its bytes."""
 
+import io
 from collections.abc import Iterator
-from typing import IO
 
 from llmtrain.prep.plan import InputFile, Piece
 from llmtrain.prep.readers.files import opened
@@ -14,7 +14,7 @@ LONG_LINE = 1 << 22
 class LongLine:
     """A line in chunks, to be read before the next line is asked for; what is not read is passed over then."""
 
-    def __init__(self, content: IO[bytes], begin: list[bytes]) -> None:
+    def __init__(self, content: io.BufferedReader, begin: list[bytes]) -> None:
         self._content = content
         self._begin = begin
         self.n_bytes = sum(map(len, begin))
@@ -31,14 +31,14 @@ class LongLine:
     def _read(self) -> Iterator[bytes]:
         while self._begin:
             yield self._begin.pop(0)
-        while not self.ended and (block := self._content.read(_BLOCK)):
+        while not self.ended and (block := self._content.read1(_BLOCK)):
             chunk, end, self.rest = block.partition(b"\n")
             self.ended = bool(end)
             self.n_bytes += len(chunk)
             yield chunk
 
 
-def lines(content: IO[bytes], piece: Piece) -> Iterator[tuple[int, bytes | LongLine]]:
+def lines(content: io.BufferedReader, piece: Piece) -> Iterator[tuple[int, bytes | LongLine]]:
     r"""The lines (`\n`) that begin within the piece's bytes, without their ends, each with its offset in the file."""
     offset, stop = 0, None
     if piece.unit == "bytes":
@@ -54,7 +54,7 @@ def lines(content: IO[bytes], piece: Piece) -> Iterator[tuple[int, bytes | LongL
     n_waiting = 0
     rest = b""  # of a block, behind a long line
     while stop is None or offset < stop:
-        block, rest = rest or content.read(_BLOCK), b""
+        block, rest = rest or content.read1(_BLOCK), b""  # `read` would lose what stands before the break of an archive
         found = block.split(b"\n")
         if len(found) > 1:
             found[0] = b"".join([*waiting, found[0]])
@@ -96,7 +96,7 @@ def lines_before(file: InputFile, piece: Piece) -> int:
     return count + (last != b"\n")  # the line that goes on into the piece belongs to the one before
 
 
-def _to_next_line(content: IO[bytes]) -> int | None:
+def _to_next_line(content: io.BufferedReader) -> int | None:
     """How many bytes on the next line begins; None at the end of the file."""
     read = 0
     while block := content.read(_BLOCK):

@@ -22,7 +22,12 @@ def parquet_rows(file: InputFile, piece: Piece, column: str, bad: BadInput) -> I
     import pyarrow
     import pyarrow.parquet
 
-    with noting_damage(file.path, bad), opened(file) as data:
+    number = 0
+
+    def reached() -> str:
+        return f" from row {number}" if number else ""
+
+    with noting_damage(file.path, bad, reached), opened(file) as data:
         if file.size == 0:
             bad(file.path, "is empty: no parquet")
             return
@@ -45,7 +50,7 @@ def parquet_rows(file: InputFile, piece: Piece, column: str, bad: BadInput) -> I
                         yield row
                     number += 1
         except pyarrow.ArrowException as problem:
-            bad(file.path, f"not readable as parquet: {problem}")
+            bad(file.path, f"not readable as parquet{reached()}: {problem}")
 
 
 def text_bytes(metadata: Any, group: int, column: str) -> int:
