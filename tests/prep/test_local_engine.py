@@ -16,8 +16,7 @@ from llmtrain.prep.engines.local import LocalEngine
 from llmtrain.prep.run import Options
 
 # The workers import this module by its file: it is no package.
-TASKS = (
-    """
+TASKS = """
 import os, signal, sys, time
 from llmtrain.config.problems import ConfigError, Problem
 from llmtrain.config.positions import Position
@@ -56,8 +55,6 @@ def sleeps(folder, number, advance=None):
 def prints(folder, number, advance=None):
     print("hello from a stage")
 """
-    % HEAVY
-)
 
 
 @pytest.fixture
