@@ -7,7 +7,6 @@ checks the translation before anyone uses it. Imports neither torch nor transfor
 
 import json
 import logging
-import re
 import unicodedata
 from collections.abc import Mapping
 from functools import cached_property
@@ -23,10 +22,6 @@ log = logging.getLogger(__name__)
 
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 """How GPT-2, and `ByteLevel` in `tokenizers`, cuts text before merging."""
-
-_LONGEST_PIECE = 4_000
-"""Characters without white space from which a text is left to `tokenizers`: tiktoken's merging can be quadratic."""
-_LONG_PIECE = re.compile(rf"\S{{{_LONGEST_PIECE}}}|\s{{{_LONGEST_PIECE}}}")
 
 # Where the two libraries' regular expressions may differ: white space of every kind, letters, numbers and marks of
 # several scripts, contractions, control characters, ends of lines, emoji, runs of spaces as long as any added token.
@@ -84,11 +79,13 @@ class FastBPE:
             text.encode()  # tiktoken would mend half a surrogate pair in its own way; `tokenizers` refuses it
             if self._nfc:
                 text = unicodedata.normalize("NFC", text)
-        if len(text) >= _LONGEST_PIECE and _LONG_PIECE.search(text):
+        cut = self._all if special else self._ordinary
+        try:
+            found = self._core.encode_to_numpy(text, allowed_special=cut, disallowed_special=())
+        except ValueError:  # hundreds of thousands of line breaks: the regular expression gives up
             self._raw.encode_special_tokens = not special
             return np.array(self._raw.encode(text, add_special_tokens=False).ids, dtype=self._ids.dtype)
-        cut = self._all if special else self._ordinary
-        return self._ids[self._core.encode_to_numpy(text, allowed_special=cut, disallowed_special=())]
+        return self._ids[found]
 
     @cached_property
     def _raw(self) -> "Tokenizer":

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -41,7 +41,7 @@ class Encoder:
         self.bos = bos
         self._name = name
         text = tokenizer_json_path(name).read_text(encoding="utf-8")
-        self.vocab_size = _largest_id(text) + 1
+        self.vocab_size = max(_ids(text).values()) + 1
         """Largest id plus one (ids may have gaps)."""
         self.dtype = token_dtype(self.vocab_size)
         """Of the ids that come out."""
@@ -52,7 +52,7 @@ class Encoder:
 
     @property
     def hard_cuts(self) -> int:
-        """Places where a long document was cut although its ids may change there: it has no better one for 16 MB."""
+        """Cuts in long documents where ids may have changed, because there was no better place far and wide."""
         return self._parts.hard_cuts
 
     def encode(self, documents: Sequence[Document]) -> list[NDArray[np.unsignedinteger[Any]]]:
@@ -89,10 +89,11 @@ def open_encoder(name: str, *, eos: bool, bos: bool, core: Core = "tokenizers") 
         UserError: there is no such tokenizer, or it lacks the EOS or BOS that the recipe asks for.
     """
     ids: dict[str, int | None] = {"eos": None, "bos": None}
+    known = _ids(tokenizer_json_path(name).read_text(encoding="utf-8"))
     for role, wanted in (("eos", eos), ("bos", bos)):
         if wanted:
             text = special_token(name, role)  # type: ignore[arg-type]
-            ids[role] = None if text is None else _id_of(name, text)
+            ids[role] = known.get(text or "")
             if ids[role] is None:
                 raise UserError(f"tokenizer {name!r} has no {role}_token: choose another one, or set {role}: false")
     return Encoder(name, eos=ids["eos"], bos=ids["bos"], core=core)
@@ -140,13 +141,11 @@ def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def _largest_id(tokenizer_json: str) -> int:
+@lru_cache(maxsize=1)
+def _ids(tokenizer_json: str) -> dict[str, int]:
+    """Token -> id, added tokens included; opening the tokenizer takes several times as long."""
     spec = json.loads(tokenizer_json)
     vocab = spec["model"]["vocab"]
-    ids = vocab.values() if isinstance(vocab, dict) else [len(vocab) - 1]  # Unigram: the id is the position
-    return int(max([*ids, *(token["id"] for token in spec.get("added_tokens", []))]))
-
-
-def _id_of(name: str, token: str) -> int | None:
-    found = load_raw(name).token_to_id(token)
-    return None if found is None else int(found)
+    if not isinstance(vocab, dict):  # Unigram: the id is the position
+        vocab = {token: number for number, (token, _) in enumerate(vocab)}
+    return {**vocab, **{token["content"]: token["id"] for token in spec.get("added_tokens", [])}}

@@ -14,12 +14,12 @@ from itertools import islice
 import numpy as np
 from numpy.typing import NDArray
 
-LONG = 1 << 20
-"""Characters; a longer document comes in parts of about this size."""
-_HARD = 16 * LONG
+LONG = 1 << 18
+"""Characters; a longer document comes in parts of about this size: `tokenizers` takes 130 bytes for a character."""
+_HARD = 8 * LONG
 """Characters after which a text without any place to cut is cut all the same."""
 
-_LETTER = r"[^\W\d_]"
+_LETTER = r"[^\W_]"  # or a digit
 # Between words of a line; between lines; and for scripts without spaces, before punctuation that composes with nothing.
 _PLACE = re.compile(rf"(?<={_LETTER})(?=[ \n]{_LETTER}|[，。、；：？！」』）।])")
 _CONTEXT = 1_000  # characters on either side of a cut that are encoded to try it out
