@@ -56,6 +56,7 @@ class _Unpacked(io.RawIOBase):
         self._packed = memoryview(b"")
         self._plain = memoryview(b"")
         self._seen = False
+        self._problem: EOFError | OSError | None = None
 
     def readable(self) -> bool:
         return True
@@ -67,18 +68,19 @@ class _Unpacked(io.RawIOBase):
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         """Fill the buffer; before the end of the file or of what can be read, as far as that goes."""
         filled = 0
-        while filled < len(buffer):
+        while filled < len(buffer) and self._problem is None:
             try:
                 plain = self._next()
-            except (EOFError, OSError):
-                if not filled:
-                    raise
-                break  # what stands before the break is given first; the next call comes here again
+            except (EOFError, OSError) as problem:
+                self._problem = problem
+                break
             if not plain:
                 break
             n = min(len(buffer) - filled, len(plain))
             buffer[filled : filled + n], self._plain = plain[:n], plain[n:]
             filled += n
+        if self._problem is not None and not filled:  # what stands before the break has been given
+            raise self._problem
         return filled
 
     def _next(self) -> memoryview:

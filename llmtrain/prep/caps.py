@@ -71,9 +71,11 @@ def _by_reading(source: SourceConfig, pieces: Sequence[Piece], on_error: Literal
                 break
             if bytes_left is not None and document.part in {"whole", "last"}:
                 bytes_left -= length
-        if n_documents:
-            yield replace(piece, max_documents=n_documents) if full else piece
-        if full:
+        if not full:
+            yield piece
+        else:
+            if n_documents:
+                yield replace(piece, max_documents=n_documents)
             return
         if documents_left is not None:
             documents_left -= n_documents

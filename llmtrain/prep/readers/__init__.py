@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from functools import partial
+from itertools import chain
 from pathlib import PurePosixPath
 
 from llmtrain.compressed import bare_suffix
@@ -78,16 +79,18 @@ def _joined(source: SourceConfig, piece: Piece, bad: BadInput) -> Iterator[Docum
     if source.join == "folder" and "/" in name:
         first = name.partition("/")[0]
         path, name = path.removesuffix(name) + first, first
-    yield from _in_parts(_joined_chunks(source, piece, bad), f"{name}\0", path)
+    chunks = _joined_chunks(source, piece, bad)
+    for first in chunks:  # none if nothing could be read
+        yield from _in_parts(chain([first], chunks), f"{name}\0", path)
 
 
 def _joined_chunks(source: SourceConfig, piece: Piece, bad: BadInput) -> Iterator[str]:
-    for number, file in enumerate(piece.files):
+    between = ""
+    for file in piece.files:
         header = "" if source.header is None else source.header.replace("{path}", file.name) + "\n"
-        yield "\n\n" * (number > 0) + header
-        for index, row in enumerate(_rows(source, file, Piece((file,)), bad)):
-            if index:
-                yield "\n\n"
+        for row in _rows(source, file, Piece((file,)), bad):
+            yield between + header
+            between, header = "\n\n", ""
             if isinstance(row.text, str):
                 yield row.text
             else:
