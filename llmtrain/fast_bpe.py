@@ -43,10 +43,8 @@ _SAMPLE = (
 class FastBPE:
     """A translated tokenizer; made by `translate` and `open_fast`."""
 
-    def __init__(self, tokenizer_json: str, dtype: type[np.unsignedinteger[Any]] = np.uint32) -> None:
+    def __init__(self, tokenizer_json: str, spec: Mapping[str, Any], dtype: type[np.unsignedinteger[Any]]) -> None:
         import tiktoken
-
-        spec = json.loads(tokenizer_json)
 
         spelled = _Spelling(spec)
         # Added tokens are cut out of the text before merging. tiktoken calls all such tokens special.
@@ -83,12 +81,13 @@ class FastBPE:
         try:
             found = self._core.encode_to_numpy(text, allowed_special=cut, disallowed_special=())
         except ValueError:  # hundreds of thousands of line breaks: the regular expression gives up
-            self._raw.encode_special_tokens = not special
-            return np.array(self._raw.encode(text, add_special_tokens=False).ids, dtype=self._ids.dtype)
+            self.raw.encode_special_tokens = not special
+            return np.array(self.raw.encode(text, add_special_tokens=False).ids, dtype=self._ids.dtype)
         return self._ids[found]
 
     @cached_property
-    def _raw(self) -> "Tokenizer":
+    def raw(self) -> "Tokenizer":
+        """The same tokenizer in `tokenizers`, without truncation and padding."""
         from tokenizers import Tokenizer
 
         raw = Tokenizer.from_str(self._tokenizer_json)
@@ -114,24 +113,30 @@ def open_fast(tokenizer: "Tokenizer") -> FastBPE | None:
 
 
 def translate(
-    tokenizer_json: str, dtype: type[np.unsignedinteger[Any]] = np.uint32, *, checked: bool = False
+    tokenizer_json: str,
+    dtype: type[np.unsignedinteger[Any]] = np.uint32,
+    *,
+    spec: Mapping[str, Any] | None = None,
+    checked: bool = False,
 ) -> FastBPE:
     """The tokenizer on tiktoken's core; see `open_fast`.
 
     Args:
-        tokenizer_json: Of a byte-level BPE tokenizer, without truncation and padding.
+        tokenizer_json: Of a byte-level BPE tokenizer.
         dtype: Of the ids.
+        spec: The same, parsed; None parses it.
         checked: This tokenizer has been through the check, with these versions of both libraries: leave it out.
 
     Raises:
         Untranslatable: the ids could differ.
     """
+    spec = json.loads(tokenizer_json) if spec is None else spec
     try:
-        fast = FastBPE(tokenizer_json, dtype)
+        fast = FastBPE(tokenizer_json, spec, dtype)
     except ImportError as problem:
         raise Untranslatable(str(problem)) from problem
     if not checked:
-        _check(fast, tokenizer_json)
+        _check(fast, spec)
     return fast
 
 
@@ -183,10 +188,15 @@ class _Spelling:
         order = dict.fromkeys([*sorted(byte_of, key=lambda c: byte_of[c]), *merged])
         try:
             self.ids = [vocab[token] for token in order]
-            self.ranks = {bytes(byte_of[c] for c in token): rank for rank, token in enumerate(order)}
-            self.merged_tokens = list(order)
         except KeyError as missing:
-            raise Untranslatable(f"{missing} is not in its byte-level alphabet or vocabulary") from None
+            raise Untranslatable(f"{missing} is not in its vocabulary") from None
+        latin = dict.fromkeys(range(256), "\uffff")  # what is not in the alphabet cannot be encoded below
+        latin |= {ord(character): chr(byte) for character, byte in byte_of.items()}
+        try:
+            self.ranks = {token.translate(latin).encode("latin-1"): rank for rank, token in enumerate(order)}
+        except UnicodeEncodeError as problem:
+            raise Untranslatable(f"a merge holds what is not in the byte-level alphabet: {problem.object!r}") from None
+        self.merged_tokens = list(order)
         unreachable = [token for token in vocab if token not in order and token not in added]
         if unreachable and model.get("ignore_merges"):
             raise Untranslatable(f"no merge makes {unreachable[0]!r}")
@@ -249,15 +259,13 @@ def _is_run_of_spaces(token: Mapping[str, Any]) -> bool:
     return not token["special"] and len(token["content"]) > 1 and set(token["content"]) == {" "}
 
 
-def _check(fast: FastBPE, tokenizer_json: str) -> None:
+def _check(fast: FastBPE, spec: Mapping[str, Any]) -> None:
     """Raises Untranslatable: an id differs.
 
     `tokenizers` merges a pair that is in its list, tiktoken any pair whose bytes make up a token. That is the same if
     each token's own spelling merges into the token: then the last pair before it is always the same, in any context.
     """
-    from tokenizers import Tokenizer
-
-    spec, raw = json.loads(tokenizer_json), Tokenizer.from_str(tokenizer_json)
+    raw = fast.raw
     if not spec["model"].get("ignore_merges"):  # under it, a word that is a token is not merged at all
         for token in fast.merged_tokens:
             if len(raw.model.tokenize(token)) != 1:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -192,7 +193,7 @@ def fingerprint(name: str, revision: str | None = None) -> str:
     """
     path = tokenizer_json_path(name, revision)
     try:
-        return _hash_of_meaning(json.loads(path.read_text(encoding="utf-8")))
+        return _hash_of_text(path.read_text(encoding="utf-8"))
     except (ValueError, KeyError, TypeError) as problem:
         raise UserError(f"{path} is not a tokenizer.json: {problem!r}") from problem
 
@@ -203,6 +204,11 @@ def fingerprint_of(tokenizer: "PreTrainedTokenizerFast") -> str:
     Where nothing was added it is the `fingerprint` of the folder or name that the tokenizer came from.
     """
     return _hash_of_meaning(json.loads(tokenizer.backend_tokenizer.to_str()))
+
+
+@lru_cache(maxsize=1)  # half a second for 50,000 tokens, and asked for more than once
+def _hash_of_text(text: str) -> str:
+    return _hash_of_meaning(json.loads(text))
 
 
 def _hash_of_meaning(content: Mapping[str, Any]) -> str:

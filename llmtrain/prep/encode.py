@@ -1,8 +1,8 @@
 """Documents to token ids: through tiktoken's core where it gives the ids of `tokenizers`, else through `tokenizers`."""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property, lru_cache
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -22,7 +22,7 @@ Core = Literal["tiktoken", "tokenizers"]
 
 _BATCH_BYTES = 1 << 20
 _BATCH_DOCUMENTS = 1024
-_SAMPLE = 500_000  # characters of the user's corpus that both cores must agree on
+_SAMPLE = 300_000  # characters of the user's corpus that both cores must agree on
 _SAMPLE_OF_ONE = 20_000  # and so many of one document at most
 
 
@@ -31,23 +31,24 @@ class Encoder:
 
     Args:
         name: of a tokenizer.
-        eos: id of the token that ends a document, or None.
-        bos: id of the token that begins a document, or None.
+        eos: the token that ends a document, or None.
+        bos: the token that begins a document, or None.
         core: which library merges; `choose_core` says whether tiktoken's may be used.
     """
 
-    def __init__(self, name: str, *, eos: int | None, bos: int | None, core: Core) -> None:
-        self.eos = eos
-        self.bos = bos
-        self._name = name
-        text = tokenizer_json_path(name).read_text(encoding="utf-8")
-        self.vocab_size = max(_ids(text).values()) + 1
+    def __init__(self, name: str, *, eos: str | None, bos: str | None, core: Core) -> None:
+        text, spec = _read(name)
+        ids = _ids(spec)
+        self.eos = None if eos is None else ids.get(eos)
+        self.bos = None if bos is None else ids.get(bos)
+        self.vocab_size = max(ids.values()) + 1
         """Largest id plus one (ids may have gaps)."""
         self.dtype = token_dtype(self.vocab_size)
         """Of the ids that come out."""
+        self._name = name
         self._fast: FastBPE | None = None
         if core == "tiktoken":
-            self._fast = translate(text, self.dtype.type, checked=True)
+            self._fast = translate(text, self.dtype.type, spec=spec, checked=True)
         self._parts = Parts(self._encode_text)
 
     @property
@@ -67,6 +68,10 @@ class Encoder:
         encodings = self._slow.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, self.dtype) for encoding in encodings]
 
+    @cached_property
+    def _slow(self) -> "Tokenizer":
+        return load_raw(self._name)
+
     def _part(self, document: Document) -> str:
         if document.part == "first":
             self._parts.start()
@@ -77,10 +82,6 @@ class Encoder:
             return self._fast.encode(text)
         return np.array(self._slow.encode(text, add_special_tokens=False).ids, self.dtype)
 
-    @cached_property
-    def _slow(self) -> "Tokenizer":
-        return load_raw(self._name)
-
 
 def open_encoder(name: str, *, eos: bool, bos: bool, core: Core = "tokenizers") -> Encoder:
     """Open a tokenizer for encoding.
@@ -88,15 +89,12 @@ def open_encoder(name: str, *, eos: bool, bos: bool, core: Core = "tokenizers") 
     Raises:
         UserError: there is no such tokenizer, or it lacks the EOS or BOS that the recipe asks for.
     """
-    ids: dict[str, int | None] = {"eos": None, "bos": None}
-    known = _ids(tokenizer_json_path(name).read_text(encoding="utf-8"))
-    for role, wanted in (("eos", eos), ("bos", bos)):
-        if wanted:
-            text = special_token(name, role)  # type: ignore[arg-type]
-            ids[role] = known.get(text or "")
-            if ids[role] is None:
-                raise UserError(f"tokenizer {name!r} has no {role}_token: choose another one, or set {role}: false")
-    return Encoder(name, eos=ids["eos"], bos=ids["bos"], core=core)
+    tokens = {"eos": special_token(name, "eos") if eos else None, "bos": special_token(name, "bos") if bos else None}
+    encoder = Encoder(name, **tokens, core=core)
+    for role, wanted, found in (("eos", eos, encoder.eos), ("bos", bos, encoder.bos)):
+        if wanted and found is None:
+            raise UserError(f"tokenizer {name!r} has no {role}_token: choose another one, or set {role}: false")
+    return encoder
 
 
 def choose_core(name: str, sample: Iterable[str]) -> tuple[Core, str]:
@@ -109,9 +107,9 @@ def choose_core(name: str, sample: Iterable[str]) -> tuple[Core, str]:
     Raises:
         UserError: there is no such tokenizer.
     """
-    slow = load_raw(name)
     try:
-        fast = translate(slow.to_str())
+        text, spec = _read(name)
+        fast = translate(text, spec=spec)
     except Untranslatable as reason:
         return "tokenizers", str(reason)
     left = _SAMPLE
@@ -121,7 +119,8 @@ def choose_core(name: str, sample: Iterable[str]) -> tuple[Core, str]:
         left -= len(texts[-1])
         if left <= 0:
             break
-    for text, expected in zip(texts, slow.encode_batch_fast(texts, add_special_tokens=False), strict=True):
+    fast.raw.encode_special_tokens = False
+    for text, expected in zip(texts, fast.raw.encode_batch_fast(texts, add_special_tokens=False), strict=True):
         if not np.array_equal(fast.encode(text), np.array(expected.ids, np.uint32)):
             return "tokenizers", f"the ids of a document that begins with {text[:40]!r} differ"
     return "tiktoken", ""
@@ -141,10 +140,20 @@ def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-@lru_cache(maxsize=1)
-def _ids(tokenizer_json: str) -> dict[str, int]:
+def _read(name: str) -> tuple[str, dict[str, Any]]:
+    """A tokenizer's file, and what it says."""
+    path = tokenizer_json_path(name)
+    try:
+        text = path.read_text(encoding="utf-8")
+        spec = json.loads(text)
+        _ids(spec)
+    except (ValueError, KeyError, TypeError) as problem:
+        raise UserError(f"{path} is not a tokenizer.json: {problem!r}") from problem
+    return text, spec
+
+
+def _ids(spec: Mapping[str, Any]) -> dict[str, int]:
     """Token -> id, added tokens included; opening the tokenizer takes several times as long."""
-    spec = json.loads(tokenizer_json)
     vocab = spec["model"]["vocab"]
     if not isinstance(vocab, dict):  # Unigram: the id is the position
         vocab = {token: number for number, (token, _) in enumerate(vocab)}
