@@ -2,8 +2,8 @@
 
 python scripts/benchmark/prep_stages.py CORPUS.jsonl [--mb 5] [--rounds 3] [--peers]
 
-Rows of `{"text": ...}`. Figures are medians of CPU seconds of this process. `--peers` adds datatrove's MinHash signature
-and PII formatter, on the first megabyte, as its filters.
+Rows of `{"text": ...}`. Figures are medians of CPU seconds of this process. `--peers` adds datatrove's MinHash
+signature and PII formatter, on the first megabyte, as its filters.
 """
 
 import argparse

@@ -13,8 +13,8 @@ Part = Callable[[], Mapping[str, NDArray[np.uint64]]]
 """Loads the hashes of a partition; called again and again."""
 Positions = NDArray[np.int64]
 
-AT_ONCE = 1 << 27
-"""Hashes that are sorted at once: 4 GiB at most. More are taken in ranges of value, a pass over all parts each."""
+AT_ONCE = 1 << 26
+"""Hashes that are sorted at once: 4.5 GiB at most. More are taken in ranges of value, a pass over all parts each."""
 
 _SOURCE = 0x9E3779B97F4A7C15
 

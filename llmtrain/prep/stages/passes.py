@@ -48,8 +48,8 @@ def reduce(
 ) -> Iterator[NDArray[np.int64]]:
     """What each partition must drop, partition after partition.
 
-    Memory: a byte a document, and 40 bytes for each of at most 2^27 hashes at a time (5 GiB; a million documents take
-    150 MB with 14 buckets), and, for near copies, 100 bytes a document that has any.
+    Memory: a byte a document, and 70 bytes for each of at most 2^26 hashes at a time (4.5 GiB; near copies among two
+    million documents take 350 MB), and, for near copies, 100 bytes a document that has any.
 
     Args:
         stages: all of the recipe's.
