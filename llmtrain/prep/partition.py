@@ -43,15 +43,33 @@ def make_partition(job: Job, number: int, advance: Callable[[int], None] | None 
     Raises:
         UserError: bad input, a full disk, or an input that has changed since it was planned.
     """
+    if not is_made(job, number):
+        bad = BadInput(job.recipe.on_error)
+        write_partition(job, number, documents_of(job, number, bad, advance), bad)
+
+
+def is_made(job: Job, number: int) -> bool:
+    """Whether a partition is there."""
+    return job.work().read(_marker(number)) is not None
+
+
+def write_partition(job: Job, number: int, documents: Iterator[Document], bad: BadInput) -> None:
+    """Make a partition of documents, wherever they come from.
+
+    Args:
+        job: what it belongs to; planned.
+        number: position among the plan's partitions.
+        documents: all of it, in its order; of a long one the parts.
+        bad: has taken note, when they have been read, of what could not be.
+
+    Raises:
+        UserError: reading raises it, or the disk is full.
+    """
     work = job.work()
-    marker = f"{DONE}/{file_name(number)}.json"
-    if work.read(marker) is not None:
-        return
     plan = job.plan()
     source = job.recipe.sources[plan.partitions[number].source]
     encoder = _encoder(job, plan, work)
     hard_cuts = encoder.hard_cuts
-    bad = BadInput(job.recipe.on_error)
     with work.temporary() as folder:
         writers = {
             split: SplitWriter(
@@ -63,7 +81,7 @@ def make_partition(job: Job, number: int, advance: Callable[[int], None] | None 
             for split in splits_of(job.recipe, source)
         }
         prefix = split_prefix(job.recipe, source)
-        documents, stages_report = _through_stages(job, number, documents_of(job, number, bad, advance))
+        documents, stages_report = _through_stages(job, number, documents)
         for batch in batches(documents):
             _write(batch, encoder.encode(batch), job.recipe, source, writers, prefix)
         parts = {split: writer.finish() for split, writer in writers.items()}
@@ -76,7 +94,7 @@ def make_partition(job: Job, number: int, advance: Callable[[int], None] | None 
             "hard_cuts": encoder.hard_cuts - hard_cuts,
             "stages": stages_report(),
         }
-        work.commit(shard_files(folder, parts), marker, json.dumps(content, sort_keys=True).encode())
+        work.commit(shard_files(folder, parts), _marker(number), json.dumps(content, sort_keys=True).encode())
 
 
 @dataclass(frozen=True)
@@ -99,7 +117,7 @@ def read_partition(work: Work, number: int) -> MadePartition:
     Raises:
         FileNotFoundError: it is not finished.
     """
-    marker = work.read(f"{DONE}/{file_name(number)}.json")
+    marker = work.read(_marker(number))
     data = work.read(f"{_ARRAYS}/{file_name(number)}.npz")
     if marker is None or data is None:
         raise FileNotFoundError(f"partition {number} is not finished")
@@ -112,6 +130,10 @@ def read_partition(work: Work, number: int) -> MadePartition:
             for i, (split, part) in enumerate(sorted(content["splits"].items()))
         }
     return MadePartition(splits, content["bad_input"], content["hard_cuts"], content["stages"])
+
+
+def _marker(number: int) -> str:
+    return f"{DONE}/{file_name(number)}.json"
 
 
 def finished_partitions(work: Work) -> set[int]:

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,18 +37,44 @@ def make_plan(job: Job, inputs: Mapping[str, Any], console: Console, *, replaces
     recipe, work = job.recipe, job.work()
     size = partition_bytes(recipe)
     pieces = [pieces_of(source, size, recipe.on_error) for source in recipe.sources]
+    if recipe.tokenizer.train is not None:
+        _train_tokenizer(recipe, work, pieces, console)
+    partitions = tuple(Partition(source, group) for source, some in enumerate(pieces) for group in grouped(some, size))
+    return write_plan(job, inputs, console, sample=_sample(recipe, pieces), partitions=partitions, replaces=replaces)
+
+
+def write_plan(
+    job: Job,
+    inputs: Mapping[str, Any],
+    console: Console,
+    *,
+    sample: Iterable[str],
+    partitions: tuple[Partition, ...],
+    replaces: bool,
+) -> Plan:
+    """Write the plan of partitions; a tokenizer that the recipe trains is there already.
+
+    Args:
+        job: to plan.
+        inputs: what is read, for `prep.json`.
+        console: is told when the faster library cannot be taken.
+        sample: of the corpus, for the choice of the library that tokenises.
+        partitions: in the order of the output.
+        replaces: whether what lies at the output's place may be replaced.
+
+    Raises:
+        UserError: the tokenizer has a mistake.
+    """
+    recipe, work = job.recipe, job.work()
     name = ""
     if recipe.tokenizer.name is not None:
         path = Path(recipe.tokenizer.name).expanduser()
         name = str(path.absolute()) if path.is_dir() else recipe.tokenizer.name
-    else:
-        _train_tokenizer(recipe, work, pieces, console)
     opened = name or str(work.local("tokenizer"))
     encoder = open_encoder(opened, eos=recipe.eos, bos=recipe.bos)
-    core, reason = choose_core(opened, _sample(recipe, pieces))
+    core, reason = choose_core(opened, sample)
     if reason:
         console.print(f"tokenizing with `tokenizers`, not with tiktoken's faster core: {reason}", highlight=False)
-    partitions = tuple(Partition(source, group) for source, some in enumerate(pieces) for group in grouped(some, size))
     plan = Plan(
         recipe=manifest.recipe_content(recipe),
         inputs=inputs,
