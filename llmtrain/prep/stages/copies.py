@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from llmtrain.errors import UserError
+
 Part = Callable[[], Mapping[str, NDArray[np.uint64]]]
 """Loads the hashes of a partition; called again and again."""
 Positions = NDArray[np.int64]
@@ -81,9 +83,15 @@ def clusters(all_links: Iterator[tuple[Positions, Positions]]) -> Positions:
     """The documents that are linked to an earlier one, over any number of links; sorted.
 
     Memory grows with the documents that have copies, not with their links.
+
+    Raises:
+        UserError: scipy is not installed.
     """
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
+    try:
+        from scipy.sparse import coo_array
+        from scipy.sparse.csgraph import connected_components
+    except ImportError as problem:
+        raise UserError(f"stage minhash_dedup needs scipy: pip install 'llmtrain[quality]' ({problem})") from problem
 
     copies = firsts = np.empty(0, np.int64)
     for more_copies, more_firsts in all_links:

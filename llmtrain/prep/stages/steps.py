@@ -1,6 +1,7 @@
 """From a stage's keys to the function that judges documents."""
 
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 from pydantic import TypeAdapter
 
@@ -18,18 +19,26 @@ from llmtrain.prep.stages.config import (
 )
 from llmtrain.prep.stages.step import Step
 
+if TYPE_CHECKING:
+    from llmtrain.prep.storage import FileInfo
+
 
 def open_step(stage: StageConfig) -> Step:
-    """The step of a stage; made once in a process, for all of its partitions.
+    """The step of a stage; made once in a process, for all of its partitions, as long as its files stay as they are.
 
     Raises:
         UserError: the stage needs something that is not there: a library, a function, a file.
     """
-    return _open(stage.model_dump_json())
+    files: tuple[FileInfo, ...] = ()
+    if isinstance(stage, Decontaminate):
+        from llmtrain.prep.storage import glob_files
+
+        files = tuple(file for pattern in stage.files for file in glob_files(pattern))
+    return _open(stage.model_dump_json(), files)
 
 
 @lru_cache(maxsize=64)
-def _open(described: str) -> Step:
+def _open(described: str, files: "tuple[FileInfo, ...]") -> Step:
     # Imported one by one: a recipe pays for the stages that it has.
     match TypeAdapter[StageConfig](StageConfig).validate_json(described):
         case Length() as stage:

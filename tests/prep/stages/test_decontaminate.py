@@ -111,3 +111,9 @@ def test_a_changed_evaluation_file_is_seen(exam):
     assert before == [{"stage": "0-decontaminate", "files": {str(exam): before[0]["files"][str(exam)]}}]
     exam.write_text(exam.read_text().replace("nine", "ten"))
     assert describe_stages([stage(exam)]) != before
+
+
+def test_a_process_that_goes_on_reads_a_changed_file_again(exam):
+    assert judged(stage(exam), QUESTION)[0] == [None]
+    exam.write_text(json.dumps({"question": "another " * 20}))
+    assert judged(stage(exam), QUESTION)[0] == [QUESTION]

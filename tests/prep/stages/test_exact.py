@@ -2,7 +2,7 @@ import string
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmtrain.prep.stages import needs_whole_documents
@@ -18,6 +18,7 @@ def firsts(texts, same):
     return [n for n, text in enumerate(texts) if not (same(text) in seen or seen.add(same(text)))]
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(alphabet="aAbB \n", max_size=4), max_size=40), st.data())
 @pytest.mark.parametrize(
     ("stage", "same"), [(STAGE, lambda text: text), (LOOSE, lambda text: " ".join(text.split()).lower())]

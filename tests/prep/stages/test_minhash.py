@@ -1,4 +1,5 @@
 import random
+import sys
 from pydoc_data.topics import topics
 
 import numpy as np
@@ -6,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmtrain.errors import UserError
 from llmtrain.prep.stages import copies, minhash
 from llmtrain.prep.stages.config import MinHashDedup
 from llmtrain.prep.stages.words import words
@@ -135,3 +137,10 @@ def test_memory_for_few_hashes_finds_the_same(monkeypatch):
     for at_once in (10, 36 * 4):  # ranges of values; some buckets at a time
         monkeypatch.setattr(copies, "AT_ONCE", at_once)
         assert carry_out([STAGE], documents) == plenty
+
+
+@pytest.mark.parametrize("library", ["rensa", "scipy.sparse"])
+def test_without_its_libraries_the_message_says_what_to_install(monkeypatch, library):
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(UserError, match=r"minhash_dedup needs \w+: pip install 'llmtrain\[quality\]'"):
+        judged(STAGE, TEXTS[0], TEXTS[0])

@@ -1,7 +1,7 @@
 import io
 import json
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -16,6 +16,7 @@ STAGES = [
 ]
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(["a@b.org", "x", "same text", "c@d.org", "t" * 40, "é"]), max_size=30), st.data())
 def test_the_report_does_not_depend_on_partitions(texts, data):
     documents = numbered(texts)
