@@ -80,11 +80,12 @@ class SourcePlace(Config):
 
 
 class SourceConfig(SourcePlace):
-    """A source of documents. A document is for validation or not by the source's name and the document's number."""
+    """A source of documents. What is for validation depends on the source's name, the file's, and the place in it."""
 
     format: Literal["auto", "text", "jsonl", "parquet", "python_literals"] = "auto"
-    """`auto` goes by the name: `.jsonl`/`.json`, `.parquet`, anything else is text, one document a file; `.gz` and
-    `.zst` are decompressed. `python_literals`: each string of the dict that a Python file assigns is a document."""
+    """`auto` goes by the name: `.jsonl`, `.ndjson` and `.json` have an object a line, `.parquet` rows, anything else is
+    text, one document a file; `.gz` and `.zst` are decompressed. `python_literals`: each string of the dict that a
+    Python file assigns is a document."""
     text_column: str = "text"
     """Column or key with the text."""
     join: Literal["file", "folder"] | None = None
@@ -95,7 +96,7 @@ class SourceConfig(SourcePlace):
     into: Literal["train", "val"] | None = None
     """Split that the whole source goes to; null divides it by `val_fraction`."""
     max_documents: int | None = Field(default=None, gt=0)
-    """Stop after this many documents."""
+    """Stop after this many documents, bad ones (`on_error: skip`) not counted."""
     max_bytes: int | None = Field(default=None, gt=0)
     """Stop before the document (UTF-8) that would go beyond this many bytes."""
 

@@ -65,7 +65,7 @@ CASES = [
         "a.jsonl",
         b"\n" + GOOD + b'["text"]\n',
         r", line 3",
-        r"expected an object with the key 'text', found list",
+        r"expected an object with the key 'text', found list; `jq -c '\.\[\]'` makes jsonl of an array",
         ["good"],
     ),
     ("a.jsonl", GOOD + b"null\n", r", line 2", r"expected an object with the key 'text', found NoneType", ["good"]),

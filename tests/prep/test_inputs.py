@@ -10,6 +10,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -101,6 +102,14 @@ def test_compressed_files_and_text_files_are_a_piece_each(tmp_path):
     assert input_bytes([source]) == sum(path.stat().st_size for path in tmp_path.iterdir())
     keys = [doc.key.partition("\0")[2] for doc in read(source, 10)]
     assert keys[:10] == keys[10:20] == [str(i * 63) for i in range(10)]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "a.json", "a.json.gz", "a.ndjson.zst"])
+def test_names_of_files_of_lines(tmp_path, name):
+    data = jsonl(tmp_path / "plain", ["one", "two"]).read_bytes()
+    pack = {"gz": gzip.compress, "zst": zstandard.ZstdCompressor().compress}.get(name.rpartition(".")[2], bytes)
+    (tmp_path / name).write_bytes(pack(data))
+    assert [doc.text for doc in read(SourceConfig(name="s", files=[f"{tmp_path}/{name}"]), HUGE)] == ["one", "two"]
 
 
 def test_a_shard_of_a_hub_dataset_is_a_piece(tmp_path):

@@ -50,7 +50,7 @@ def kind_of(source: SourceConfig, file: InputFile) -> str:
     if source.format != "auto":
         return source.format
     suffix = bare_suffix(PurePosixPath(file.name))
-    return "jsonl" if suffix in {".jsonl", ".json"} else "parquet" if suffix == ".parquet" else "text"
+    return "jsonl" if suffix in {".jsonl", ".ndjson", ".json"} else "parquet" if suffix == ".parquet" else "text"
 
 
 def _keyed_rows(source: SourceConfig, piece: Piece, bad: BadInput) -> Iterator[tuple[str, Row]]:

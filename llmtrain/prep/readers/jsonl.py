@@ -50,7 +50,8 @@ def _short_row(line: bytes, column: str) -> tuple[int, str] | None:
     if value is _BLANK:
         return None
     if not isinstance(value, dict):
-        raise BadRow(f"expected an object with the key {column!r}, found {type(value).__name__}")
+        hint = "; `jq -c '.[]'` makes jsonl of an array" if isinstance(value, list) else ""
+        raise BadRow(f"expected an object with the key {column!r}, found {type(value).__name__}{hint}")
     text = text_of(value, column)
     return utf8_length(text), text
 
