@@ -10,7 +10,7 @@ from pathlib import Path
 from llmtrain.errors import UserError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+_FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
 
 
 @contextmanager
@@ -32,7 +32,7 @@ def disk_problems(folder: Path) -> Iterator[None]:
         if problem.errno in _FORBIDDEN:
             path = folder if problem.filename is None else os.fsdecode(problem.filename)
             raise UserError(
-                f"{path} cannot be written: {problem.strerror}. Change its permissions, or choose another `out`, and "
+                f"{path} cannot be written: {problem.strerror}. Mend that, or choose another `out`, and "
                 "run the command again"
             ) from problem
         raise
