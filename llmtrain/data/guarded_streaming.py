@@ -8,6 +8,7 @@ names it, and its cached copy is deleted.
 
 import logging
 import os
+import random
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from math import ceil
@@ -22,14 +23,17 @@ from numpy.typing import NDArray
 from streaming import Stream, StreamingDataLoader, StreamingDataset
 from streaming.base.constant import BARRIER_FILELOCK, CACHE_FILELOCK, TICK
 from streaming.base.dataset import _Iterator, _ShardState
+from streaming.base.storage.download import CloudDownloader
 from streaming.base.world import World
 
 from llmtrain.data.shards import INDEX, check_columns, check_names, without_password
 from llmtrain.data.shared_cache import CacheUse, in_turn
-from llmtrain.data.shared_names import closed_afterwards, gather, own_names
+from llmtrain.data.shared_names import closed_afterwards, gather, memories, own_names
 from llmtrain.errors import UserError
 
 log = logging.getLogger(__name__)
+
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0  # seconds, between attempts at a download
 
 
 class ShardError(UserError):
@@ -42,6 +46,9 @@ class GuardedStream(Stream):  # type: ignore[misc]
     name = ""
     max_seq_len = 1
     validate_hash: str | None
+    _downloader: CloudDownloader
+    _connected_by: int | None = None
+    _of_parent: CloudDownloader | None = None
 
     def get_shards(self, world: World, allow_unsafe_types: bool) -> list[Any]:
         """Fetch and check the index.
@@ -84,6 +91,48 @@ class GuardedStream(Stream):  # type: ignore[misc]
                 change = super().prepare_shard(shard)
         return change
 
+    def _download_file(self, from_basename: str, to_basename: str | None = None) -> str:
+        """Fetch a file to the cache, in up to `download_retry` attempts; its path there.
+
+        In place of Streaming's own, which takes whatever lies there for the whole file, also what a broken download or
+        a killed process left, and which tries again where it is pointless.
+        """
+        local = Path(self.local) / self.split / (to_basename or from_basename)
+        if to_basename is not None:  # of the index; whoever asks has seen that it is not there
+            local.unlink(missing_ok=True)
+        if local.exists():
+            return str(local)
+        remote = None if self.remote is None else os.path.join(self.remote, self.split, from_basename)  # noqa: PTH118
+        part = local.with_name(f"{local.name}.part")
+        self._leave_connections_to_parent()
+        for attempt in range(1, self.download_retry + 1):
+            part.unlink(missing_ok=True)
+            try:
+                self._downloader.download(remote, str(part), self.download_timeout)
+                part.replace(local)
+                return str(local)
+            except Exception as problem:  # each kind of storage raises its own
+                self._downloader.clean_up()  # the next attempt connects anew
+                part.unlink(missing_ok=True)
+                if attempt == self.download_retry or _is_pointless_to_repeat(problem):
+                    raise
+                reason = without_password(str(problem).strip() or repr(problem))
+                place = f"{self.describe()}: {from_basename}"
+                log.warning("%s: %s; attempt %d of %d", place, reason, attempt + 1, self.download_retry)
+                sleep(min(FIRST_PAUSE * 2 ** (attempt - 1), LONGEST_PAUSE) * random.uniform(0.5, 1))
+        raise AssertionError("unreachable")
+
+    def _leave_connections_to_parent(self) -> None:
+        """Connect anew in a worker that was forked after the index was fetched.
+
+        Two processes on one connection read each other's answers; SSH's waits for ever for a thread that is not there.
+        """
+        if self._connected_by != os.getpid():
+            if self._connected_by is not None:
+                self._of_parent = self._downloader  # kept: if it went, it would say goodbye in the parent's name
+                self._downloader = CloudDownloader.get(self.remote)
+            self._connected_by = os.getpid()
+
     def _in_turn(self, file: str) -> AbstractContextManager[None]:
         if not self.has_other_copy():
             return nullcontext()
@@ -112,6 +161,16 @@ class GuardedStream(Stream):  # type: ignore[misc]
         return f"stream {self.name!r} ({place}{split})" if self.name else f"{place}{split}"
 
 
+def _is_pointless_to_repeat(problem: Exception) -> bool:
+    """Whether a storage said that there is no such file, or that it is none of our business."""
+    if isinstance(problem, (FileNotFoundError, PermissionError, ValueError)):
+        return True
+    response = getattr(problem, "response", None)  # boto3's is a dict, the others' an object or nothing
+    metadata = response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}
+    status = metadata.get("HTTPStatusCode") or getattr(problem, "status_code", None) or getattr(problem, "code", None)
+    return isinstance(status, int) and 400 <= status < 500 and status not in {408, 429}
+
+
 class GuardedDataset(StreamingDataset):  # type: ignore[misc]
     """A StreamingDataset that raises when it cannot give all the samples it promised.
 
@@ -130,6 +189,7 @@ class GuardedDataset(StreamingDataset):  # type: ignore[misc]
         self._shared_barrier.filelock_path = names.path(BARRIER_FILELOCK)
         self._cache_filelock_path = names.path(CACHE_FILELOCK)
         self._names = names
+        self._prepared: set[int] = set()
         names.give_back_with(self)
         self._use_caches()
 
@@ -178,6 +238,8 @@ class GuardedDataset(StreamingDataset):  # type: ignore[misc]
             # a call that fails could then not give its own lock back. Made here, after the worker was forked.
             self._cache_filelock = FileLock(self._cache_filelock_path)
             setattr(self, CACHE_FILELOCK, self._cache_filelock)
+        if not blocking and shard_id in self._prepared:
+            return  # Streaming takes and gives back a file lock for each sample
         try:
             super().prepare_shard(shard_id, blocking)
         except Exception as first:
@@ -188,6 +250,8 @@ class GuardedDataset(StreamingDataset):  # type: ignore[misc]
                 super().prepare_shard(shard_id, blocking)
             except Exception as second:
                 raise self._failed(shard_id, second) from second
+        if not self.cache_limit and self._shard_states[shard_id] == _ShardState.LOCAL:
+            self._prepared.add(shard_id)  # nobody deletes it; a reader that misses it nevertheless comes here blocking
 
     def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
         """Where a checkpoint stands.
@@ -209,8 +273,9 @@ class GuardedDataset(StreamingDataset):  # type: ignore[misc]
             ours, theirs = getattr(self, key), obj.get(key)
             if theirs is not None and theirs != ours:
                 log.warning("%s: the recipe says %s, the checkpoint %s; the checkpoint's holds.", key, ours, theirs)
-        super().load_state_dict(obj)
-        self._names.keep(self._resume_shm)
+        with memories() as made:
+            super().load_state_dict(obj)
+        self._names.keep(*made)
 
     def _use_caches(self) -> None:
         """Raises UserError on all ranks when another run reads one of the caches and one of both has a cache_limit."""
@@ -264,6 +329,21 @@ class GuardedDataset(StreamingDataset):  # type: ignore[misc]
             it.ready_index += 1
         it.on_exit()
 
+    def _each_sample_id(self, it: _Iterator) -> Iterator[int]:
+        """The samples in their order, each when its shard is there.
+
+        In place of Streaming's own loop, which also waits, 7 ms at a time, until a thread has said so of each sample.
+        """
+        while not (it.should_exit() or it.yield_index == it.total or self._event.is_set()):
+            sample_id = it.sample_ids[it.yield_index]
+            if sample_id != -1:
+                if it.ready_index <= it.yield_index and self.spanner[sample_id][0] not in self._prepared:
+                    sleep(TICK)
+                    continue
+                yield sample_id
+            it.yield_index += 1
+        it.on_exit()
+
     def _await_shard(self, shard_id: int, it: _Iterator) -> None:
         while not (it.should_exit() or self._event.is_set()):
             state = self._shard_states[shard_id]
@@ -284,6 +364,7 @@ class GuardedDataset(StreamingDataset):  # type: ignore[misc]
                 deleted = deleted or file.exists()
                 file.unlink(missing_ok=True)
         self._shard_states[shard_id] = _ShardState.REMOTE
+        self._prepared.discard(shard_id)
         return deleted
 
     def _failed(self, shard_id: int, problem: Exception, where: str = "") -> ShardError:

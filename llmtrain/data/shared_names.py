@@ -21,6 +21,7 @@ import time
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,29 @@ def lock_folder() -> Path:
     return _SHARED_MEMORY if os.access(_SHARED_MEMORY, os.W_OK) else Path("/tmp")
 
 
+class Untracked(SharedMemory):  # type: ignore[misc]
+    """Shared memory that Python's resource tracker does not know.
+
+    The tracker warns of what a killed process left, and removes it while others may use it. Here the owners' lock says
+    when it goes.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        register, resource_tracker.register = resource_tracker.register, lambda *_: None
+        try:
+            super().__init__(*args, **kwargs)
+        finally:
+            resource_tracker.register = register
+
+    def cleanup(self) -> None:
+        """Closes it; the process that made it also removes its name."""
+        for memory in (*self.opened_shms, *self.created_shms):
+            memory.close()
+        for memory in self.created_shms:
+            with suppress(FileNotFoundError):
+                shm_unlink("/" + memory.name)
+
+
 class Names:
     """The names of one dataset on this machine.
 
@@ -69,9 +93,9 @@ class Names:
         """Of a lock file."""
         return str(lock_folder() / _get_path(self.number, name))
 
-    def keep(self, memory: Any) -> None:
-        """Has `memory` closed with the rest."""
-        self._memories.append(memory)
+    def keep(self, *memories: Any) -> None:
+        """Has memory closed with the rest."""
+        self._memories += memories
 
     def give_back_with(self, dataset: Any) -> None:
         """Gives the names back when `dataset` is collected, or the process ends."""
@@ -102,7 +126,7 @@ class Names:
                 remove_stale()
                 mine, self._owner = _new()
                 self.number = mine
-                marked = SharedMemory(_get_path(mine, LOCALS), True, 4)
+                marked = Untracked(_get_path(mine, LOCALS), True, 4)
             except OSError as error:
                 problem = f"{lock_folder()}: {error.strerror or error}"
         numbers = gather((world.node, mine, problem))
@@ -113,7 +137,7 @@ class Names:
         if not world.is_local_leader:
             self._owner = os.open(self.path(_OWNER), os.O_RDWR | os.O_NOFOLLOW)
             fcntl.flock(self._owner, fcntl.LOCK_SH)
-            marked = SharedMemory(_get_path(self.number, LOCALS), False)
+            marked = Untracked(_get_path(self.number, LOCALS), False)
         gather(None)  # the first rank may fail and go, and take its lock along, only when all hold theirs
         self.keep(marked)
         return self.number, marked
@@ -158,22 +182,31 @@ def own_names() -> Iterator[Names]:
 
 
 @contextmanager
-def closed_afterwards() -> Iterator[None]:
-    """Closes the memory that Streaming's dataset opens meanwhile; it would keep it until the process ends."""
+def memories() -> Iterator[list[Any]]:
+    """The shared memory that Streaming's dataset makes or opens meanwhile."""
     opened: list[Any] = []
 
     def recorded(*args: Any, **kwargs: Any) -> Any:
-        opened.append(memory := SharedMemory(*args, **kwargs))
+        opened.append(memory := Untracked(*args, **kwargs))
         return memory
 
     before, streaming_dataset.SharedMemory = streaming_dataset.SharedMemory, recorded
     try:
-        yield
+        yield opened
     finally:
         streaming_dataset.SharedMemory = before
-        for memory in opened:
-            atexit.unregister(memory.cleanup)
-            memory.cleanup()
+
+
+@contextmanager
+def closed_afterwards() -> Iterator[None]:
+    """Closes the memory that Streaming's dataset opens meanwhile; it would keep it until the process ends."""
+    with memories() as opened:
+        try:
+            yield
+        finally:
+            for memory in opened:
+                atexit.unregister(memory.cleanup)
+                memory.cleanup()
 
 
 def _patiently(*args: Any, **kwargs: Any) -> Any:
@@ -181,7 +214,7 @@ def _patiently(*args: Any, **kwargs: Any) -> Any:
     give_up = time.monotonic() + _PATIENCE
     while True:
         try:
-            return SharedMemory(*args, **kwargs)
+            return Untracked(*args, **kwargs)
         except ValueError:  # an empty file cannot be mapped
             if time.monotonic() > give_up:
                 raise

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from llmtrain.data.batch import TextCollator
 from llmtrain.data.config import StreamConfig, TextDatasetConfig, TextLoaderConfig
 from llmtrain.data.evaluation import EveryRowOnce
+from llmtrain.data.fixed_rows import FixedRows
 from llmtrain.data.guarded_streaming import GuardedDataset, GuardedLoader, GuardedStream
 from llmtrain.data.shards import prepared_with, require_index
 from llmtrain.data.shared_cache import default_folder
@@ -60,6 +61,8 @@ class TextDataset(GuardedDataset):
             allow_unsafe_types=cfg.allow_unsafe_types,
             replication=cfg.replication,
         )
+        # With a limit a shard may be deleted at any time; an open file would keep its bytes on the disk.
+        self._rows = FixedRows(self.shards) if self.cache_limit is None else None
         # Never left to Streaming, which would go by the number of machines.
         self.num_canonical_nodes = cfg.num_canonical_nodes or canonical_nodes(self._smallest_part(), cfg.shuffle)
 
@@ -71,8 +74,10 @@ class TextDataset(GuardedDataset):
             UserError: The row is too short, or has an id that the model does not know; names shard and row.
             ShardError: Its shard is missing or damaged.
         """
-        sample = super().get_item(sample_id, retry)
-        tokens = sample["tokens"]
+        shard_id, place = self.spanner[sample_id]
+        tokens: Any = self._rows.read(shard_id, place) if self._rows is not None else None
+        if tokens is None:
+            tokens = super().get_item(sample_id, retry)["tokens"]
         if isinstance(tokens, bytes):
             tokens = self._from_bytes(tokens, sample_id)
         if tokens.ndim != 1 or len(tokens) < self.max_seq_len or tokens.dtype.kind not in "iu":
@@ -91,7 +96,7 @@ class TextDataset(GuardedDataset):
         if self._with_ids:
             row["sample_id"] = sample_id
         if self.source_names:
-            row["stream_id"] = self.stream_per_shard[self.spanner[sample_id][0]]
+            row["stream_id"] = self.stream_per_shard[shard_id]
         return row
 
     def _smallest_part(self) -> int:
