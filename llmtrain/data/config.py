@@ -91,7 +91,8 @@ class TextDatasetConfig(Config):
     epoch_size: int | str | None = None
     """Samples in an epoch when streams have proportions; the sum of all streams' samples when left out."""
     batching_method: Literal["random", "stratified", "per_stream", "device_per_stream"] = "random"
-    """How the streams of a mixture share a batch."""
+    """How the streams of a mixture share a batch. With `device_per_stream`, alone of them, batches depend on the number
+    of ranks."""
     sampling_method: Literal["balanced", "fixed"] = "balanced"
     """Whether another subset of a down-sampled stream is drawn in each epoch."""
     sampling_granularity: int = Field(default=1, gt=0)
@@ -102,8 +103,9 @@ class TextDatasetConfig(Config):
     """Samples a worker downloads ahead; 8 x the device batch size when left out."""
     cache_limit: int | str | None = None
     """Most bytes that the local cache may hold (`100gb`); without a limit when left out."""
-    download_retry: int = Field(default=2, ge=1)
-    """Attempts at a file, in all."""
+    download_retry: int = Field(default=6, ge=1)
+    """Attempts at a file, in all, a growing pause apart (llm-foundry's default is 2). One that the storage does not
+    have, or does not give out, is not tried again."""
     download_timeout: float = Field(default=60, gt=0)
     """Seconds a shard may take."""
     validate_hash: str | None = None

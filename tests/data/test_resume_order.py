@@ -196,3 +196,58 @@ def test_two_real_ranks_see_the_batches_of_one(loader, corpus, tmp_path):
     full = len(one) - 1
     assert two[:full] == [sorted(batch) for batch in one[:full]]
     assert np.unique(np.concatenate([np.concatenate(batch) for batch in [two]])).size == loader().dataset.num_samples
+
+
+def made(corpus, batch_size, workers, **dataset):
+    dataset = {"max_seq_len": 32, "shuffle": True, "return_sample_ids": True, **dataset}
+    return build_text_loader(
+        TextLoaderConfig.model_validate({"dataset": dataset, "num_workers": workers}),
+        eos_token_id=0,
+        tokenizer_fingerprint=corpus.tokenizer_fingerprint,
+        vocab_size=320,
+        device_batch_size=batch_size,
+    )
+
+
+def whole_and_resumed(corpus, dataset, batch_size, workers, states, stop):
+    """An epoch; where a checkpoint stands after `stop` batches; and what each of the given states has left."""
+    whole = ids_of(made(corpus, batch_size, workers, **dataset))
+    stopped = made(corpus, batch_size, workers, **dataset)
+    batches = iter(stopped)
+    assert ids_of(next(batches) for _ in range(stop)) == whole[:stop]
+    state = json.loads(json.dumps(stopped.state_dict()))
+    stopped._stop_workers()
+    del batches, stopped
+    rests = []
+    for one in [*states, state]:
+        resumed = made(corpus, batch_size, workers, **dataset)
+        resumed.load_state_dict(one)
+        rests.append(ids_of(resumed))
+        resumed._stop_workers()
+    return whole, state, rests
+
+
+def in_order(ranks, how):
+    """The batches of all ranks as one has them."""
+    together = zip(*ranks, strict=True)
+    if how == "stratified":  # each rank has a run of the batch
+        return [sum(batches, ()) for batches in together]
+    return [tuple(np.stack(batches, axis=1).flatten().tolist()) for batches in together]  # one row each, in turn
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["one folder", "random", "stratified", "per_stream"])
+def test_real_ranks_read_the_same_order_and_resume_each_others_states(corpus, how):
+    streams = {"a": {"local": str(corpus.train), "proportion": 3}, "b": {"local": str(corpus.val), "proportion": 1}}
+    dataset = {"local": str(corpus.train)} if how == "one folder" else {"streams": streams, "batching_method": how}
+    states, one = [], None
+    for ranks, workers in [(1, 0), (1, 2), (2, 2), (4, 0), (2, 0)]:
+        found = run_ranks(whole_and_resumed, ranks, corpus, dataset, GLOBAL_BATCH // ranks, workers, states, 3)
+        order = in_order([whole for whole, _, _ in found], how)
+        one = one or order
+        assert len(one) > 20
+        assert order[: len(one) - 1] == one[:-1], (ranks, workers)
+        states.append(found[0][1])
+        for rests in zip(*(rests for _, _, rests in found), strict=True):
+            rest = in_order(rests, how)
+            assert rest[: len(one) - 4] == one[3:-1], (ranks, workers)
