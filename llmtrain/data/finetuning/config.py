@@ -39,7 +39,7 @@ class SourceConfig(Config):
     (`{prompt: question, response: answer}`, `{messages: dialog}`). When left out: the one known for `hf_name`, else the
     columns are recognised: prompt and response (or completion), messages, conversations, turns."""
     download_retry: int | None = Field(default=None, ge=1)
-    """Attempts at a shard, in all; 2 when left out."""
+    """Attempts at a shard, in all; 6 when left out."""
     download_timeout: float | None = Field(default=None, gt=0)
     """Seconds a shard may take; 60 when left out."""
     validate_hash: str | None = None

@@ -59,7 +59,7 @@ class MDSRows:
             remote=remote,
             local=local,
             split=split,
-            download_retry=source.download_retry or 2,
+            download_retry=source.download_retry or 6,
             download_timeout=source.download_timeout or 60,
             validate_hash=source.validate_hash,
             keep_zip=source.keep_zip or False,
