@@ -76,7 +76,9 @@ def recipe(folder, **changes):
 
 
 def prep(folder, *arguments, check=True):
-    command = [sys.executable, "-c", CLI, "prep", "recipe.yaml", *arguments]
+    verb = [each for each in arguments if each == "merge"]
+    options = [each for each in arguments if each != "merge"]
+    command = [sys.executable, "-c", CLI, "prep", *verb, "recipe.yaml", *options]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, start_new_session=True)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
@@ -198,3 +200,16 @@ def test_the_recipe_of_the_docs(tmp_path):
     assert stages["decontaminate"]["counts"] == {"a.jsonl": 1}
     assert "exact_dedup" in done.stdout
     assert (tmp_path / "clean/train/index.json").exists()
+
+
+@pytest.mark.slow
+def test_ranks_take_a_round_for_each_pass_and_make_the_same_bytes(corpus):
+    stages = [{"name": "exact_dedup"}, {"name": "minhash_dedup"}]
+    recipe(corpus, stages=stages, partition_bytes=200_000)
+    prep(corpus, "out=whole")
+    said = ["", ""]
+    for _ in range(3):  # a round for each pass, and one for the tokens
+        said = [prep(corpus, "--rank", str(rank), "--world-size", "2").stdout for rank in range(2)]
+    assert all("partitions are done" in each for each in said)
+    prep(corpus, "merge")
+    assert content(corpus / "out") == content(corpus / "whole")
