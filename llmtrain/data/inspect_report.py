@@ -46,18 +46,28 @@ def print_origin(console: Console, place: Path, made: Mapping[str, Any]) -> None
             f"{value:,} {key.replace('_', ' ')}" for key, value in counts.items() if isinstance(value, int) and value
         )
         console.print(f"  {name}: {numbers}", soft_wrap=True, markup=False)
-    _print_stages(console, made.get("stages"))
+    _print_what_happened(console, made)
     console.print()
 
 
-def _print_stages(console: Console, stages: Any) -> None:
-    """What each quality stage dropped, whatever else it reports."""
-    if isinstance(stages, Mapping):
-        stages = [{"name": name, **counts} for name, counts in stages.items() if isinstance(counts, Mapping)]
-    for stage in stages or []:
-        name = stage.get("name", "")
-        numbers = ", ".join(f"{value:,} {key}" for key, value in stage.items() if isinstance(value, int))
-        console.print(f"  stage {name}: {numbers}", soft_wrap=True, markup=False)
+def _print_what_happened(console: Console, made: Mapping[str, Any]) -> None:
+    """What the stages dropped, and what could not be read."""
+    for stage in made.get("stages") or []:
+        line = (
+            f"  stage {stage['name']}: {stage['seen']:,} documents seen, {stage['dropped']:,} dropped "
+            f"({stage['dropped_bytes'] / 1e6:,.2f} MB), {stage['changed']:,} changed"
+        )
+        console.print(line, soft_wrap=True, markup=False)
+    bad = made.get("bad_input") or {}
+    if bad.get("bad"):
+        place, reason = bad["first_bad"][0]
+        console.print(
+            f"  {bad['bad']:,} rows or files could not be read; the first: {place}: {reason}",
+            soft_wrap=True,
+            markup=False,
+        )
+    if made.get("hard_cuts"):
+        console.print(f"  {made['hard_cuts']:,} places where a document was cut within a word", markup=False)
 
 
 def print_tokens(console: Console, found: Sequence[Contents], vocab_size: int | None) -> None:
@@ -82,7 +92,7 @@ def print_tokens(console: Console, found: Sequence[Contents], vocab_size: int | 
             "?" if contents.eos is None else f"{100 * words.share(contents.eos):.3f}%",
             f"{words.entropy:.3f} nats",
         )
-    console.print(table, width=_WIDE, soft_wrap=True)
+    _print_wide(console, table)
     for contents in found:
         encoding = contents.encodings.get("tokens")
         packed = contents.compression or "not compressed"
@@ -95,6 +105,15 @@ def print_tokens(console: Console, found: Sequence[Contents], vocab_size: int | 
         share = f" of {vocab_size:,} ({100 * together.occurring / vocab_size:.1f}%)" if vocab_size else ""
         console.print(f"all together: {together.total:,} tokens, {together.occurring:,} ids{share} occur", markup=False)
     console.print()
+
+
+def _print_wide(console: Console, table: Table) -> None:
+    width = console.width
+    console.width = max(width, _WIDE)
+    try:
+        console.print(table, soft_wrap=True)
+    finally:
+        console.width = width
 
 
 def print_frequent(console: Console, words: Vocabulary, tokenizer: "Tokenizer | None") -> None:
@@ -124,7 +143,7 @@ def print_text(console: Console, found: Sequence[Contents]) -> None:
             f"{contents.row_lengths.mean:,.0f}",
             f"{contents.row_lengths.most:,}",
         )
-    console.print(table, width=_WIDE, soft_wrap=True)
+    _print_wide(console, table)
     console.print()
 
 

@@ -387,6 +387,8 @@ def test_several_folders_at_once_from_a_manifest(tmp_path, corpus):
     assert content["folders"][0]["vocab_size"] == corpus.vocab_size
     assert "source python-reference: {stdlib}/pydoc_data/topics.py" in said
     assert "all together" in said
+    lines = [line.split() for line in said.splitlines() if line.startswith(("train  ", "val  "))]
+    assert [line[4] for line in lines] == [f"{found['tokens']:,}" for found in content["folders"]]  # not cut off
     # as many documents as went in, but the one at the end of each split
     for found, split in zip(content["folders"], ("train", "val"), strict=True):
         assert 0 <= made["splits"][split]["documents"] - found["lengths"]["n"] <= 1 + found["documents_cut"]
