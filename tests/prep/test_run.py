@@ -246,7 +246,8 @@ def test_starts_without_heavy_imports(tmp_path, docs):
     file.write_text(yaml.safe_dump(recipe(tmp_path, docs).model_dump(mode="json")))
     code = (
         "import sys; from pathlib import Path; from llmtrain.prep.run import prepare; prepare(Path(sys.argv[1])); "
-        "print('HEAVY', sorted({'torch', 'streaming', 'composer', 'transformers', 'datasets'} & set(sys.modules)))"
+        "heavy = {'torch', 'streaming', 'composer', 'transformers', 'datasets', 'pyarrow'}; "
+        "print('HEAVY', sorted(heavy & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code, file], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "HEAVY []"
