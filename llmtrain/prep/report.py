@@ -9,6 +9,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from llmtrain.data.shards import without_password
 from llmtrain.prep.config import PrepRecipe
 from llmtrain.prep.merge import Merged
 from llmtrain.prep.mixture import NAME as MIXTURE
@@ -52,11 +53,12 @@ def print_made(console: Console, recipe: PrepRecipe, merged: Merged, seconds: fl
     if merged.content["hard_cuts"]:
         line = f"{merged.content['hard_cuts']:,} cuts in long documents without a blank for 16 MB: ids may differ there"
         console.print(line, highlight=False, soft_wrap=True)
-    console.print(f"\n{recipe.out} is complete. For the training recipe:\n", highlight=False, soft_wrap=True)
-    console.print(loader_yaml(recipe), highlight=False, markup=False, soft_wrap=True)
+    mixture = ""
     if mixture_yaml(recipe) is not None:
-        line = f"{recipe.out}/{MIXTURE} has the training streams, too: streams: {recipe.out}/{MIXTURE}"
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        mixture = f" {recipe.out}/{MIXTURE} has the training streams, too: streams: {recipe.out}/{MIXTURE}."
+    line = f"\n{recipe.out} is complete.{mixture} For the training recipe:\n"
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
+    console.print(loader_yaml(recipe), highlight=False, markup=False, soft_wrap=True)  # last: it can be cut off there
 
 
 def _print_bad_input(console: Console, bad: BadInput) -> None:
@@ -108,7 +110,8 @@ def loader_yaml(recipe: PrepRecipe) -> str:
     if recipe.has_validation():
         lines += _loader(recipe, "eval_loader", "val", shuffle=False)
     if recipe.tokenizer.train is not None:
-        lines += ["tokenizer:", f"  name: {recipe.out}/tokenizer"]
+        copy = f"tokenizer  # a copy of {without_password(recipe.out)}/tokenizer on this machine"
+        lines += ["tokenizer:", f"  name: {copy if is_remote(recipe.out) else f'{recipe.out}/tokenizer'}"]
     elif recipe.tokenizer.name is not None:
         lines += ["tokenizer:", f"  name: {recipe.tokenizer.name}"]
     return "\n".join(lines) + "\n"
