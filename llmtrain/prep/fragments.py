@@ -47,7 +47,7 @@ def fragments(chunks: Iterable[str]) -> Iterator[str]:
             # A place needs two characters behind it, and a search that found none goes on where it ended.
             stop = min(len(text), _HARD)
             found = _PLACE.search(text, max(LONG, searched), stop)
-            if found is None and stop < _HARD:
+            if found is None and len(text) <= _HARD:
                 searched = stop - 2
                 break
             cut = found.start() if found else _before_marks(text, _HARD)

@@ -67,3 +67,36 @@ def test_a_row_is_of_one_document_and_every_token_is_accounted_for(batches, seq_
     assert cutter.short_documents == short
     if overlap:
         assert cutter.dropped == sum(length for lengths in batches for length in lengths if length < seq_len)
+
+
+@given(
+    lengths=st.lists(st.integers(0, 60), max_size=12),
+    cuts=st.lists(st.integers(0, 60), max_size=5),
+    seq_len=st.integers(1, 17),
+    kind=st.sampled_from(["stream", "overlap", "drop"]),
+)
+def test_documents_in_parts_give_the_rows_of_whole_ones(lengths, cuts, seq_len, kind):
+    """Every second document comes in parts, cut anywhere; rows, tail and counts are the same."""
+
+    def cutter():
+        if kind == "stream":
+            return Packer(seq_len, np.dtype(np.uint16))
+        return DocumentCutter(seq_len, np.dtype(np.uint16), overlap=kind == "overlap")
+
+    documents = np.split(np.arange(sum(lengths), dtype=np.uint16), np.cumsum(lengths)[:-1]) if lengths else []
+    in_parts, entire = cutter(), cutter()
+    rows: dict[bool, list] = {True: [], False: []}
+    for number, ids in enumerate(documents):
+        rows[False].append(entire.add(ids, np.array([len(ids)], np.int64)))
+        if number % 2:
+            rows[True].append(in_parts.add(ids, np.array([len(ids)], np.int64)))
+            continue
+        parts = np.split(ids, sorted(min(cut, len(ids)) for cut in cuts))
+        for i, part in enumerate(parts):
+            rows[True].append(in_parts.add_part(part, last=i == len(parts) - 1))
+    out = {}
+    for key, one in ((True, in_parts), (False, entire)):
+        taken = [some for some in [*rows[key], one.rows()] if some is not None]
+        counts = (one.dropped, one.repeated, one.short_documents)
+        out[key] = np.concatenate(taken).tolist(), one.tail().tolist(), counts
+    assert out[True] == out[False]
