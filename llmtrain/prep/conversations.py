@@ -23,6 +23,7 @@ from llmtrain.prep.inputs import describe_inputs
 from llmtrain.prep.local_work import LocalWork
 from llmtrain.prep.mds import TextShardWriter
 from llmtrain.prep.report import print_nothing_to_do
+from llmtrain.prep.storage import is_remote
 from llmtrain.progress import progress
 
 _COLUMNS: Mapping[type, Mapping[str, Literal["str", "json"]]] = {
@@ -71,6 +72,10 @@ def run(recipe: ConversationRecipe, console: Console) -> dict[str, Any]:
         UserError: a source has a mistake, a split would be empty, `out` holds something else, or a row is malformed and
             the recipe says `strict: true`.
     """
+    if is_remote(recipe.out):
+        raise UserError(
+            f"out: {recipe.out}: conversations are prepared on this machine; copy the folder there afterwards"
+        )
     out = Path(recipe.out)
     inputs = {"sources": {source.name: _describe(source) for source in recipe.sources}}
     done = manifest.finished(recipe, inputs, LocalWork(out))

@@ -502,6 +502,13 @@ def test_ranks_share_a_remote_output(bucket, texts, reference, tmp_path):
     same_output(f"{bucket}/out", expected)
 
 
+def test_conversations_are_prepared_on_this_machine(tmp_path):
+    file = recipe(tmp_path, {"task": "finetuning"}, tmp_path, "s3://bucket/out")
+    made = prep(file)
+    assert made.returncode != 0
+    assert "s3://bucket/out: conversations are prepared on this machine" in made.stderr + made.stdout
+
+
 def test_what_cannot_be_reached_is_said_in_one_message(bucket, texts, reference, tmp_path):
     environment = {**os.environ, "AWS_ENDPOINT_URL": "http://127.0.0.1:9", "LLMTRAIN_STORAGE_ATTEMPTS": "2"}
     made = prep(recipe(tmp_path, reference[0], texts, f"{bucket}/out"), env=environment)

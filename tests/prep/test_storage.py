@@ -4,6 +4,7 @@ import gzip
 import io
 import os
 import random
+import socket
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ import pytest
 
 from llmtrain.errors import UserError
 from llmtrain.prep import storage
+from llmtrain.prep.remote_work import RemoteWork
 from llmtrain.prep.stores import retry
 from llmtrain.prep.stores.open import open_store
 from llmtrain.testing.remote import CuttingProxy, s3_server, sftp_server
@@ -287,6 +289,38 @@ def test_windows_paths_and_files_are_not_remote(tmp_path):
         False,
         True,
     ]
+
+
+def test_google_through_its_emulator(monkeypatch, tmp_path):
+    from gcp_storage_emulator.server import create_server
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket")
+    server.start()
+    try:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
+        monkeypatch.setenv("GOOGLE_CLOUD_PROJECT", "project")
+        monkeypatch.delenv("GCS_KEY", raising=False)
+        data = random.Random(4).randbytes(900_000)
+        (tmp_path / "file").write_bytes(data)
+        put("gs://bucket/corpus/a.jsonl", data)
+        put("gs://bucket/corpus/more/b.jsonl", tmp_path / "file")
+        assert names("corpus/**/*.jsonl", "gs://bucket") == ["corpus/a.jsonl", "corpus/more/b.jsonl"]
+        for name in ("a.jsonl", "more/b.jsonl"):
+            with storage.open_input(f"gs://bucket/corpus/{name}") as file:
+                assert file.read() == data
+        assert storage.read_bytes("gs://bucket/none") is None
+        work = RemoteWork("gs://bucket/out")
+        with work.lock("output"):
+            work.write("plan.json", b"{}")
+            work.publish({"train/index.json": b"i", "prep.json": b"p"})
+        assert set(storage.names_below("gs://bucket/out")) == {".files.json", "prep.json", "train/index.json"}
+        work.discard()
+        assert set(storage.names_below("gs://bucket/out")) == set()
+    finally:
+        server.stop()
 
 
 def test_importing_it_imports_no_client():
