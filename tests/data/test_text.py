@@ -164,7 +164,9 @@ def test_tokenizer_is_found_in_prep_json_when_the_index_was_merged(loader, corpu
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_token_outside_of_the_vocabulary(loader, workers):
-    with pytest.raises(UserError, match=r"shard\.00000\.\d+\.mds.*, row \d+: token id \d+ is outside .* of 100\b") as raised:
+    with pytest.raises(
+        UserError, match=r"shard\.00000\.\d+\.mds.*, row \d+: token id \d+ is outside .* of 100\b"
+    ) as raised:
         list(loader(vocab_size=100, workers=workers))
     assert "Traceback" not in str(raised.value)
 
