@@ -25,7 +25,7 @@ class SparkEngine:
     default that is the path of this very interpreter.
 
     Args:
-        master: `local[2]`, `spark://HOST:7077`, `yarn`, ...; by default what Spark is configured with, or `local[*]`.
+        master: `local[2]`, `spark://HOST:7077`, `yarn`, ...; by default what spark-defaults.conf says, or `local[*]`.
 
     Raises:
         UserError: pyspark or Java is not installed.
@@ -90,19 +90,21 @@ def _context(master: str | None) -> Iterator[Any]:
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     conf = SparkConf().setIfMissing("spark.app.name", "llmtrain prep")
     conf.setIfMissing("spark.ui.showConsoleProgress", "false").setIfMissing("spark.log.level", "ERROR")
-    master = master or conf.get("spark.master") or "local[*]"
-    if master.startswith("local"):
+    if master is not None and master.startswith("local"):
         master = _with_tries(master)
         # Nothing outside has to reach it, and the machine's name need not resolve.
         conf.setIfMissing("spark.driver.host", "127.0.0.1").setIfMissing("spark.driver.bindAddress", "127.0.0.1")
         os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
         conf.setIfMissing("spark.ui.enabled", "false")
-    conf.setMaster(master)
+    if master is not None:
+        conf.setMaster(master)
     try:
         context = SparkContext(conf=conf)
     except Exception as problem:  # Java's and Py4J's, of many kinds
         first = next((line for line in str(problem).splitlines() if "xception" in line), str(problem).split("\n")[0])
-        raise UserError(f"Spark cannot be started with --master {master}: {first.strip()}") from problem
+        raise UserError(
+            f"Spark cannot be started{f' with --master {master}' * (master is not None)}: {first.strip()}"
+        ) from problem
     try:
         yield context
     finally:
