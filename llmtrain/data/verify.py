@@ -1,6 +1,7 @@
 """`llmtrain data verify`: whether shards are, byte for byte, what was written. Imports neither torch nor Streaming."""
 
 import json
+import re
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -78,6 +79,10 @@ def folders_of(places: Sequence[Path]) -> list[Path]:
     """
     found: list[Path] = []
     for place in places:
+        if re.match(r"[a-z][a-z0-9+.-]*:/", str(place)):
+            raise UserError(
+                f"{place}: only folders on this machine can be looked at; copy the shards here, or mount them"
+            )
         if (place / INDEX).is_file():
             found.append(place)
             continue

@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -184,6 +185,8 @@ def test_an_index_that_names_a_file_twice(shards):
 def test_no_shards_at_all(tmp_path):
     with pytest.raises(UserError, match="no folder"):
         verify(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="only folders on this machine"):
+        verify(Path("s3://bucket/data"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"no index\.json"):
         verify(tmp_path / "empty")
