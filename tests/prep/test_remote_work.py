@@ -408,6 +408,7 @@ def same_output(out, expected):
     return manifest
 
 
+@pytest.mark.slow
 def test_from_there_and_to_there_is_the_same_as_here(out, texts, reference, tmp_path):
     keys, expected = reference
     place = out.rpartition("/")[0]
@@ -420,6 +421,7 @@ def test_from_there_and_to_there_is_the_same_as_here(out, texts, reference, tmp_
     assert "nothing to do" in prep(file).stdout
 
 
+@pytest.mark.slow
 def test_another_recipe_replaces_it_only_when_told_to(bucket, texts, tmp_path):
     keys = {"tokenizer": {"train": {"vocab_size": 300}}, "max_seq_len": 64, "size_limit": 20_000}
     file = recipe(tmp_path, keys, texts, f"{bucket}/out")
