@@ -267,7 +267,11 @@ def _remove(number: int) -> None:
 
 
 def _new() -> tuple[int, int]:
-    """A number that nobody has, and the file whose lock says that it is taken."""
+    """A number that nobody has, and the file whose lock says that it is taken.
+
+    Raises:
+        OSError: the file cannot be made, or the file system has no locks.
+    """
     while True:
         number = 10**9 + secrets.randbelow(9 * 10**9)
         path = lock_folder() / _get_path(number, _OWNER)
@@ -275,11 +279,19 @@ def _new() -> tuple[int, int]:
             file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
         except FileExistsError:
             continue
-        with suppress(OSError):  # another run may just now take it for stale
+        try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            if os.fstat(file).st_nlink:
+        except BlockingIOError:  # another run takes it for stale just now, and removes it
+            os.close(file)
+            continue
+        except OSError:
+            os.close(file)
+            path.unlink()
+            raise
+        if os.fstat(file).st_nlink:
+            with suppress(OSError):  # for people who look there; a disk may be full
                 os.write(file, f"process {os.getpid()} in {Path.cwd()}\n".encode())
-                return number, file
+            return number, file
         os.close(file)
 
 

@@ -1,5 +1,6 @@
 """Runs on one machine keep out of each other's shared memory, and leave none, however they end."""
 
+import errno
 import gc
 import itertools
 import multiprocessing
@@ -8,7 +9,9 @@ import shutil
 import signal
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +127,8 @@ def killed(corpus: TinyCorpus, workers: int = 0, uid: int = 0, **dataset: Any) -
     answers = multiprocessing.get_context("forkserver").Queue()
     run = process(train_and_hang, corpus, workers, dataset, answers, uid)
     found: int = answers.get(timeout=120)
+    # Now, not later: tests that run beside this one remove what dead runs left.
+    assert {name[11:] for name in files_of(found)} >= {"resume", "barrier", "llmtrain", "barrier_filelock"}
     os.killpg(run.pid, signal.SIGKILL)
     run.join(60)
     return found
@@ -133,8 +138,6 @@ def killed(corpus: TinyCorpus, workers: int = 0, uid: int = 0, **dataset: Any) -
 def test_the_next_run_removes_what_a_killed_one_left_and_nothing_of_a_living_one(corpus, workers: int) -> None:
     living = build(corpus)
     dead = [killed(corpus, workers) for _ in range(2)]
-    left = files_of(dead[1])
-    assert {name[11:] for name in left} >= {"resume", "barrier", "llmtrain", "barrier_filelock"}
     before = files_of(number(living))
     give_up = time.monotonic() + 60
     while files_of(*dead):  # its workers may be dying still
@@ -211,6 +214,36 @@ def test_names_are_given_back_after_a_mistake(corpus) -> None:
     with pytest.raises(ZeroDivisionError):
         fail()
     assert not files_of(*found)
+
+
+@contextmanager
+def failing(target: str, number: int) -> Iterator[None]:
+    """Has a system call fail each time; not for ever, so that a test ends that would not."""
+    left = iter(range(1000))
+
+    def fail(*_: Any) -> None:
+        assert next(left, None) is not None, "tried again and again"
+        raise OSError(number, os.strerror(number))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(target, fail)
+        yield
+
+
+def test_full_shared_memory_is_no_reason_to_try_for_ever() -> None:
+    with own_names() as names:
+        with failing("llmtrain.data.shared_names.os.write", errno.ENOSPC):
+            streaming_dataset.get_shm_prefix(["/a"], [None], World.detect())
+        assert f"{names.number}_llmtrain" in files_of(names.number)
+        names._give_back(os.getpid())
+
+
+def test_a_file_system_without_locks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmtrain.data.shared_names.secrets.randbelow", lambda n: 5)
+    locks = failing("llmtrain.data.shared_names.fcntl.flock", errno.ENOLCK)
+    with pytest.raises(OSError, match=f"{lock_folder()}: No locks available"), locks, own_names():
+        streaming_dataset.get_shm_prefix(["/a"], [None], World.detect())
+    assert not files_of(10**9 + 5)
 
 
 def test_two_streams_of_one_folder_are_refused(corpus) -> None:
