@@ -10,7 +10,7 @@ import time
 import weakref
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 _SLOTS = 16
 """Lock files of a folder; two shards that share one wait for each other now and then."""
 _NAP = 0.02
+_DYING = 20.0
+"""Seconds for which the workers of a killed run may go on reading its cache: they look for their parent every five."""
 
 
 def default_folder(remote: str) -> str:
@@ -60,7 +62,7 @@ def in_turn(folder: Path, file: str, patience: float) -> Iterator[None]:
             time.sleep(_NAP)
         yield
     finally:
-        os.close(lock)
+        _give_back(lock)
 
 
 class CacheUse:
@@ -73,13 +75,17 @@ class CacheUse:
         self._locks: list[int] = []
 
     def begin(self, folders: Sequence[Path], *, alone: bool) -> str | None:
-        """Returns what is in the way, or None."""
+        """Returns what is in the way, or None; waits while it may be what a killed run left."""
+        give_up = time.monotonic() + _DYING
         for folder in folders:
             lock = _open(folder / ".in-use")
             if lock is None:
                 continue
             self._locks.append(lock)
-            if not _locked(lock, fcntl.LOCK_EX if alone else fcntl.LOCK_SH):
+            while not _locked(lock, fcntl.LOCK_EX if alone else fcntl.LOCK_SH):
+                if time.monotonic() < give_up:
+                    time.sleep(_NAP)
+                    continue
                 why = "this one has a cache_limit" if alone else "it has a cache_limit"
                 return (
                     f"{folder} is the cache of another run or loader, and {why}, by which it deletes shards. "
@@ -95,7 +101,7 @@ class CacheUse:
         """Gives the locks back, in the process that took them."""
         if os.getpid() == pid:
             while self._locks:
-                os.close(self._locks.pop())
+                _give_back(self._locks.pop())
 
 
 def _open(path: Path) -> int | None:
@@ -109,6 +115,13 @@ def _open(path: Path) -> int | None:
         return os.open(path, os.O_RDONLY | os.O_NOFOLLOW)  # another user's: enough to lock it
     except OSError:
         return None
+
+
+def _give_back(file: int) -> None:
+    """Unlocks it, also where a process that was forked meanwhile still has it open, and closes it."""
+    with suppress(OSError):  # where the file system knows no locks
+        fcntl.flock(file, fcntl.LOCK_UN)
+    os.close(file)
 
 
 def _locked(file: int, how: int) -> bool:

@@ -1,16 +1,22 @@
 """Several runs at once over one cache folder."""
 
+import fcntl
 import multiprocessing
 import os
+import signal
 import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from llmtrain.data import shared_cache
 from llmtrain.data.config import TextLoaderConfig
-from llmtrain.data.shared_cache import default_folder, in_turn
+from llmtrain.data.shared_cache import CacheUse, default_folder, in_turn
 from llmtrain.data.text import build_text_loader
 from llmtrain.errors import UserError
 from llmtrain.prep.mds import ShardWriter
@@ -72,7 +78,8 @@ def test_runs_that_fetch_the_same_shards_at_once(remote: Path, tmp_path: Path, t
     assert not [path for path in (tmp_path / "cache").iterdir() if path.suffix in (".tmp", ".zstd")]
 
 
-def test_a_cache_with_a_limit_is_for_one_run(remote: Path, tmp_path: Path) -> None:
+def test_a_cache_with_a_limit_is_for_one_run(remote: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(shared_cache, "_DYING", 0.2)
     cache = {"remote": str(remote), "local": str(tmp_path / "cache")}
     plain = build(**cache)
     with pytest.raises(UserError, match="cache of another run or loader, and this one has a cache_limit"):
@@ -85,6 +92,54 @@ def test_a_cache_with_a_limit_is_for_one_run(remote: Path, tmp_path: Path) -> No
     assert numbers(limited) == list(range(ROWS))
     del limited
     assert numbers(build(**cache)) == list(range(ROWS))
+
+
+def read_and_hang(dataset: dict[str, Any], answers: Any) -> None:
+    as_if_launched()
+    batches = iter(build(2, **dataset))
+    next(batches)
+    answers.put(None)
+    time.sleep(600)
+
+
+def test_the_next_run_waits_until_the_workers_of_a_killed_one_are_gone(remote: Path, tmp_path: Path) -> None:
+    """They outlive it by some seconds, and hold what it held."""
+    context = multiprocessing.get_context("forkserver")
+    preload()
+    cache = {"remote": str(remote), "local": str(tmp_path / "cache"), "cache_limit": 20_000}
+    answers = context.Queue()
+    run = context.Process(target=read_and_hang, args=(cache, answers))
+    run.start()
+    answers.get(timeout=120)
+    run.kill()
+    run.join(60)
+    assert numbers(build(**cache)) == list(range(ROWS))
+
+
+@contextmanager
+def forked() -> Iterator[None]:
+    """A process that was forked here, as a loader's worker is, and lives until this ends."""
+    if (pid := os.fork()) == 0:
+        time.sleep(60)
+        os._exit(0)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def test_a_forked_process_keeps_no_lock_of_its_parent(tmp_path: Path, caplog) -> None:
+    with ExitStack() as processes:
+        use = CacheUse()
+        assert use.begin([tmp_path], alone=True) is None
+        with in_turn(tmp_path, "a", 60):
+            processes.enter_context(forked())
+        with in_turn(tmp_path, "a", 0.1):
+            assert "fetched twice" not in caplog.text
+        use.end(os.getpid())
+        with (tmp_path / ".in-use").open("r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # or BlockingIOError
 
 
 def test_the_cache_that_nobody_named_is_found_again(remote: Path, tmp_path: Path, monkeypatch) -> None:
