@@ -52,8 +52,8 @@ class FixedRows:
                 return None
         else:
             self._files.move_to_end(shard_id)
-        data = os.pread(shard.file, shard.size, shard.begin + row * shard.size)
-        if len(data) < shard.size:  # cut short since it was opened
+        data = _read(shard.file, shard.size, shard.begin + row * shard.size)
+        if len(data) < shard.size:  # cut short since it was opened, or on NFS replaced by somebody
             self.forget(shard_id)
             return None
         return np.frombuffer(data, shard.dtype)
@@ -75,7 +75,7 @@ class FixedRows:
         except OSError:  # not fetched yet; whoever fetches it says what is wrong
             return None
         size = int(length) * np.dtype(dtype).itemsize
-        header = os.pread(file, 4 * (reader.samples + 2), 0)
+        header = _read(file, 4 * (reader.samples + 2), 0)
         offsets = np.frombuffer(header[: len(header) // 4 * 4], np.uint32).astype(np.int64)
         if (
             len(offsets) < reader.samples + 2
@@ -89,6 +89,14 @@ class FixedRows:
             self.forget(next(iter(self._files)))
         shard = self._files[shard_id] = _Shard(file, int(offsets[1]), size, np.dtype(dtype))
         return shard
+
+
+def _read(file: int, size: int, begin: int) -> bytes:
+    """Nothing where it cannot be read: Streaming opens the file anew, or says what is wrong with it."""
+    try:
+        return os.pread(file, size, begin)
+    except OSError:
+        return b""
 
 
 def _close(files: "OrderedDict[int, _Shard]") -> None:

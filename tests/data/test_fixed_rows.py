@@ -70,6 +70,20 @@ def test_odd_shards_are_left_to_streaming(loader, folder) -> None:
         dataset.get_item(N - 1)
 
 
+def test_a_file_that_can_no_longer_be_read_is_opened_anew(loader, folder) -> None:
+    """On NFS, reading what somebody replaced fails for whoever has the old one open."""
+    dataset = loader(local=str(folder)).dataset
+    expected = dataset.get_item(3)["tokens"]
+    shard_id, _ = dataset.spanner[3]
+    shard = dataset._rows._files[shard_id]
+    os.close(shard.file)
+    dataset._rows._files[shard_id] = shard._replace(file=os.open(folder, os.O_RDONLY))  # a folder: reading it fails
+    assert (dataset.get_item(3)["tokens"] == expected).all()
+    assert shard_id not in dataset._rows._files
+    assert (dataset.get_item(3)["tokens"] == expected).all()
+    assert shard_id in dataset._rows._files
+
+
 @pytest.mark.parametrize("encoding", ["ndarray:uint16", "bytes"])
 def test_rows_without_a_fixed_length(loader, tmp_path, encoding: str) -> None:
     from streaming import MDSWriter
