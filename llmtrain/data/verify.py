@@ -126,7 +126,8 @@ def sound_shards(checked: Checked, advance: Callable[[int], None]) -> Iterator[S
     checked.rows = sum(shard.samples for shard in index.shards)
     checked.bytes = sum(shard.size for shard in index.shards)
     files = [shard.zip_data or shard.raw_data for shard in index.shards]
-    checked.hashes = set.intersection(*(set(file.hashes) for file in files)) if files else set()
+    named = set.intersection(*(set(file.hashes) for file in files)) if files else set()
+    checked.hashes = {name for name in named if digest(name, b"") is not None}
     for number, entry in enumerate(index.shards):
         try:
             rows = read_shard(folder, entry)
@@ -274,7 +275,7 @@ def missing_splits(places: Sequence[Path]) -> list[Checked]:
 def print_checked(console: Console, found: Sequence[Checked]) -> None:
     """One line a folder, and one for each damage."""
     for checked in found:
-        how = ", ".join(sorted(checked.hashes)) or "no hashes in the index: sizes and structure only"
+        how = ", ".join(sorted(checked.hashes)) or "no hashes to check by: sizes and structure only"
         state = f"{len(checked.damages):,} DAMAGED" if checked.damages else "ok"
         console.print(
             f"{checked.folder}: {state} ({checked.shards:,} shards, {checked.rows:,} rows, "

@@ -149,6 +149,15 @@ def test_one_of_two_hashes_wrong_is_the_indexs_fault(tmp_path, ids):
     assert "lists a wrong hash of it: sha256" in verify(folder)[1]
 
 
+def test_a_hash_that_nobody_can_compute_is_not_said_to_be_checked(tmp_path, ids):
+    folder = write_shards(tmp_path / "out", ids, compression=None)
+    edit_index(folder, lambda entries: [entry["raw_data"].update(hashes={"md99": "0"}) for entry in entries])
+    sound, said = verify(folder)
+    assert sound
+    assert "md99" not in said
+    assert "no hashes" in said
+
+
 def test_what_decompresses_to_something_else_is_found_without_hashes(tmp_path, ids):
     folder = write_shards(tmp_path / "out", ids, hashes=())
     edit_index(folder, lambda entries: entries[0]["raw_data"].update(bytes=entries[0]["raw_data"]["bytes"] - 1))
