@@ -6,18 +6,18 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from llmtrain.prep.documents import Document
+from llmtrain.prep.documents import Document, whole
 from llmtrain.prep.stages.config import ExactDedup
 
 
 def sign(config: ExactDedup, documents: Iterable[Document]) -> dict[str, NDArray[np.uint64]]:
     """Two halves of a hash for each document, uint64 of shape (documents,) each.
 
-    Without `ignore`, a document may come in parts.
+    A document may come in parts; with `ignore` they are put together: what is left out decides where it is cut.
     """
     digests = bytearray()
     unfinished = None
-    for document in documents:
+    for document in whole(documents) if config.ignore else documents:
         if unfinished is None:
             unfinished = xxhash.xxh3_128()
         unfinished.update(_compared(config, document.text).encode("utf-8", "surrogatepass"))

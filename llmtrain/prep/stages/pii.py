@@ -15,7 +15,7 @@ from llmtrain.prep.stages.step import Change, Step, Verdict, around
 # Every repetition is bounded and begins at a boundary: no text takes time beyond its length.
 _LOCAL = r"A-Za-z0-9._%+'-"
 _EMAIL = re.compile(
-    rf"(?<![{_LOCAL}])[A-Za-z0-9_][{_LOCAL}]{{0,63}}@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{{0,61}}[A-Za-z0-9])?\.){{1,8}}"
+    rf"(?<![A-Za-z0-9_])[A-Za-z0-9_][{_LOCAL}]{{0,63}}@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{{0,61}}[A-Za-z0-9])?\.){{1,8}}"
     r"[A-Za-z]{2,24}(?![A-Za-z0-9-])"
 )
 _IPV4 = re.compile(r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?!\w|\.\d)")

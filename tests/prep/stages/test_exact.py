@@ -53,6 +53,14 @@ def test_parts_of_a_long_document_are_kept_or_dropped_together():
     assert not needs_whole_documents([STAGE])
 
 
+def test_white_space_makes_no_difference_where_a_long_document_is_cut_either():
+    one = [document("one t", 0, "first"), document("wo ", 0, "middle"), document("three", 0, "last")]
+    same = [document("one  ", 1, "first"), document("two\n three", 1, "last")]
+    other = [document("one t", 2, "first"), document("wothree", 2, "last")]
+    kept, _ = carry_out([LOOSE], [[*one, *same, *other]])
+    assert [doc.text for doc in kept[0]] == ["one two three", "one twothree"]
+
+
 def test_what_looks_into_a_text_needs_it_whole():
     assert needs_whole_documents([LOOSE])
     assert needs_whole_documents([STAGE, Length(name="length", min_chars=1)])

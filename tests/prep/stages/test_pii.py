@@ -14,6 +14,7 @@ ALL = Pii(name="pii", kinds=["email", "ip", "phone"])
         ("Write to jane.doe+news@mail.example.co.uk, please.", "Write to <EMAIL>, please."),
         ("<o'neil_7@a-b.org>", "<<EMAIL>>"),
         ("mailto:x@y.de?subject=a", "mailto:<EMAIL>?subject=a"),
+        ("'jane@a.org', -joe@b.org, %3Cx@y.de%3E ...a@b.org", "'<EMAIL>', -<EMAIL>, %<EMAIL>%3E ...<EMAIL>"),
         ("from 8.8.8.8:53 to 1.1.1.1.", "from <IP>:53 to <IP>."),
         ("2001:4860:4860::8888 and 2606:4700:4700:0:0:0:0:1111", "<IP> and <IP>"),
         ("call +49 30 901820 or +1 (212) 555-0123", "call <PHONE> or <PHONE>"),
