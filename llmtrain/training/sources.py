@@ -40,7 +40,7 @@ def names_of(loader: Any) -> tuple[str, ...]:
 class SourceShares(Callback):  # type: ignore[misc]
     """Counts the samples and tokens of each source that all ranks have trained on; a resumed run goes on counting.
 
-    Logs, every ten steps and at the last one, of the steps so far:
+    Logs, every ten steps and at the end, of the steps so far:
     `data/SOURCE/share` of the samples, `data/SOURCE/token_share` of the tokens, `data/SOURCE/wanted_share` (what the
     recipe asks for) and `data/SOURCE/epochs` (samples, repeated ones too, over rows that the source has).
 
@@ -57,6 +57,7 @@ class SourceShares(Callback):  # type: ignore[misc]
         self.rows = [int(n) for n in dataset.samples_per_stream]
         self.shared_by: int = dataset.replication or 1  # ranks that get the same samples
         self._seen = torch.zeros(2, len(self.names), dtype=torch.int64)  # samples, tokens
+        self._logged = 0  # step
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Adds the batch of all ranks; nothing waits for the sum until it is shown."""
@@ -64,8 +65,17 @@ class SourceShares(Callback):  # type: ignore[misc]
         dist.all_reduce(counts, reduce_operation="SUM")
         self._seen = self._seen.to(counts.device) + counts // self.shared_by
         step = int(state.timestamp.batch)
-        if step == 1 or step % INTERVAL == 0 or (state.max_duration and state.timestamp >= state.max_duration):
-            logger.log_metrics(self.metrics())
+        if step == 1 or step % INTERVAL == 0:
+            self._log(step, logger)
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        """The last batch of a length in epochs cannot be told when it ends."""
+        if self._logged != (step := int(state.timestamp.batch)):
+            self._log(step, logger)
+
+    def _log(self, step: int, logger: Logger) -> None:
+        self._logged = step
+        logger.log_metrics(self.metrics())
 
     def metrics(self) -> dict[str, float]:
         """As they are logged."""

@@ -6,7 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from composer import Logger, State
 from composer.core import DataSpec
+from composer.devices import DeviceCPU
+from composer.loggers import LoggerDestination
 
 from llmtrain.data.batch import tokens_in_batch
 from llmtrain.data.config import TextLoaderConfig
@@ -179,6 +182,33 @@ def test_a_changed_mixture_keeps_the_counts_of_the_sources_that_stay(corpus: Tin
     shares.load_state_dict({"seen": json.dumps({"gone": [5, 320], "little": [3, 192]})})
     assert json.loads(shares.state_dict()["seen"]) == {"big": [0, 0], "little": [3, 192]}
     assert shares.metrics()["data/little/share"] == 1
+
+
+class Lines(LoggerDestination):
+    def __init__(self) -> None:
+        self.lines: list[tuple[int, float]] = []
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        assert step is not None
+        self.lines.append((step, metrics["data/big/share"]))
+
+
+def test_the_end_is_logged_whatever_the_length_is_counted_in(corpus: TinyCorpus) -> None:
+    """Of a length in epochs the last batch does not look like the last."""
+    loader = make_loader(corpus)
+    shares, logged = SourceShares(DataSpec(loader)), Lines()
+    state = State(model=torch.nn.Linear(1, 1), rank_zero_seed=0, run_name="r", device=DeviceCPU(), max_duration="1ep")
+    logger = Logger(state, destinations=[logged])
+    for batch, _ in zip(loader, range(13), strict=False):
+        state.batch = batch
+        state.timestamp = state.timestamp.to_next_batch(BATCH)
+        shares.batch_end(state, logger)
+    state.timestamp = state.timestamp.to_next_epoch()
+    shares.fit_end(state, logger)
+    shares.fit_end(state, logger)
+    assert [step for step, _ in logged.lines] == [1, 10, 13]
+    big, little = counted(corpus, 13)
+    assert logged.lines[-1][1] == pytest.approx(big / (big + little))
 
 
 @pytest.mark.parametrize("sources", [3, 40])
