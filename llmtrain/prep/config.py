@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 from llmtrain.config.base import Config
 from llmtrain.prep.stages.config import StageConfig
 
+_NAMES_OF_FILES = {"prep.json", "mixture.yaml", "tokenizer"}  # in an output
 _SHARD_LIMIT = 2**32  # MDS keeps the offsets of samples in uint32
 
 
@@ -201,6 +202,8 @@ def check_sources(sources: Sequence[SourcePlace], split_by_source: bool) -> None
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"sources share a name: {', '.join(twice)}")
+    if split_by_source and (taken := sorted(_NAMES_OF_FILES & set(names))):
+        raise ValueError(f"a source gets a folder of its name, and {', '.join(taken)} is another file there")
     with_share = [source.name for source in sources if source.proportion is not None]
     for key in ("proportion", "repeat"):
         if not split_by_source and any(getattr(source, key) is not None for source in sources):

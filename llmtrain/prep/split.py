@@ -16,7 +16,8 @@ from llmtrain.prep.pack import Cutter, Packer
 
 def is_validation(source: str, key: str, fraction: float) -> bool:
     """Whether a document is held out: depends on the source's name and the document's key alone."""
-    return bool(xxhash.xxh64_intdigest(f"{source}\0{key}") < fraction * 2**64)
+    name = f"{source}\0{key}".encode(errors="surrogatepass")  # names of files need not be UTF-8
+    return bool(xxhash.xxh64_intdigest(name) < fraction * 2**64)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from llmtrain.errors import UserError
 from llmtrain.prep.config import PrepRecipe, SourceConfig
 from llmtrain.prep.documents import whole
 from llmtrain.prep.inputs import pieces_of
-from llmtrain.prep.readers import BadInput, read_piece
+from llmtrain.prep.readers import BadInput, jsonl, read_piece
 from llmtrain.prep.run import run
 
 HUGE = 1 << 40
@@ -169,6 +169,19 @@ def test_lines_are_counted_from_the_beginning_of_the_file_in_every_piece(tmp_pat
     found, bad = read(path, "skip", partition_bytes)
     assert [place for place, _ in bad.first] == [f"{path}, line {n}" for n in bad_lines]
     assert found == [f"text {n}" for n in range(1, 201) if n not in bad_lines and n % 7 != 6]
+
+
+def test_far_into_a_large_file_places_that_are_skipped_are_bytes(tmp_path, monkeypatch):
+    """To count the lines before, each piece would read all that lies before it."""
+    monkeypatch.setattr(jsonl, "_COUNTED", 1000)
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"".join(b"{bad\n" if n in (3, 190) else row(f"text {n}") for n in range(200)))
+    place = path.read_bytes().rindex(b"{bad")
+    _, bad = read(path, "skip", 300)
+    assert [where for where, _ in bad.first] == [f"{path}, line 4", f"{path}, byte {place}"]
+    path.write_bytes(path.read_bytes().replace(b"{bad\n", b"", 1))
+    with pytest.raises(UserError, match="line 190: not JSON"):  # it is the only one
+        read(path, "fail", 300)
 
 
 def test_files_that_cannot_be_opened(tmp_path):

@@ -1,6 +1,7 @@
 """Sources in pieces: together they are the source, whatever the size of a piece."""
 
 import gzip
+import io
 import json
 import os
 import subprocess
@@ -20,6 +21,7 @@ from llmtrain.prep import caps
 from llmtrain.prep.config import SourceConfig
 from llmtrain.prep.documents import whole
 from llmtrain.prep.inputs import input_bytes, input_files, pieces_of
+from llmtrain.prep.plan import Piece
 from llmtrain.prep.readers import BadInput, lines, read_piece
 from llmtrain.testing.remote import s3_server
 
@@ -303,3 +305,26 @@ def test_pieces_of_remote_files_are_those_of_local_ones(tmp_path, monkeypatch):
     local, remote = found.values()
     assert remote == local
     assert local[2] == ["/in/a.jsonl, line 301"]
+
+
+def test_a_piece_within_one_long_line_reads_no_further():
+    """A file of one line of 10 GB would be read 160 times otherwise."""
+
+    class Counting(io.BufferedReader):
+        n_bytes = 0
+
+        def read(self, size=-1):
+            data = super().read(size)
+            self.n_bytes += len(data)
+            return data
+
+        def read1(self, size=-1):
+            data = super().read1(size)
+            self.n_bytes += len(data)
+            return data
+
+    content = Counting(io.BytesIO(b"x" * 1_000_000 + b"\n{}\n"))
+    assert list(lines.lines(content, Piece((), "bytes", 1000, 2000))) == []
+    assert content.n_bytes <= 1000
+    assert list(lines.lines(content, Piece((), "bytes", 999_990, 1_000_001))) == []
+    assert list(lines.lines(content, Piece((), "bytes", 999_990, 1_000_002))) == [(1_000_001, b"{}")]

@@ -12,6 +12,7 @@ from llmtrain.prep.readers.long_line import long_text
 from llmtrain.prep.readers.row import BadRow, Row, text_of, utf8_length
 
 _BLANK = object()
+_COUNTED = 1 << 28  # bytes; with bad rows in every piece of a large file, counting would read it again for each piece
 _SPACE = " \t\r\n"  # what JSON takes for white space
 _parse = json.JSONDecoder().scan_once  # type: ignore[attr-defined]  # `json.loads` without its layers of Python
 
@@ -32,6 +33,9 @@ def jsonl_rows(file: InputFile, piece: Piece, column: str, bad: BadInput) -> Ite
             try:
                 row = _long_row(line, column) if isinstance(line, LongLine) else _short_row(line, column)
             except BadRow as problem:
+                if bad.on_error == "skip" and piece.start > _COUNTED:
+                    bad(f"{file.path}, byte {offset}", str(problem))
+                    continue
                 before = lines_before(file, piece) if before is None else before
                 bad(f"{file.path}, line {before + number + 1}", str(problem))
                 continue

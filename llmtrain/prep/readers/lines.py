@@ -1,6 +1,7 @@
 """Lines of a file, or of a range of its bytes."""
 
 import io
+import sys
 from collections.abc import Iterator
 
 from llmtrain.prep.plan import InputFile, Piece
@@ -45,8 +46,8 @@ def lines(content: io.BufferedReader, piece: Piece) -> Iterator[tuple[int, bytes
         stop = piece.stop
         if piece.start:
             content.seek(piece.start - 1)  # a line begins at `start` if the byte before is the end of another
-            skipped = _to_next_line(content)
-            if skipped is None:
+            skipped = _to_next_line(content, sys.maxsize if stop is None else stop - piece.start)
+            if skipped is None:  # all of the piece is within one line
                 return
             offset = piece.start - 1 + skipped
             content.seek(offset)
@@ -96,10 +97,10 @@ def lines_before(file: InputFile, piece: Piece) -> int:
     return count + (last != b"\n")  # the line that goes on into the piece belongs to the one before
 
 
-def _to_next_line(content: io.BufferedReader) -> int | None:
-    """How many bytes on the next line begins; None at the end of the file."""
+def _to_next_line(content: io.BufferedReader, most: int) -> int | None:
+    """How many bytes on the next line begins; None if there is no end of a line among so many bytes."""
     read = 0
-    while block := content.read(_BLOCK):
+    while block := content.read(min(_BLOCK, most - read)):
         end = block.find(b"\n")
         if end >= 0:
             return read + end + 1
