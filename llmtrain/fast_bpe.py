@@ -8,7 +8,7 @@ checks the translation before anyone uses it. Imports neither torch nor transfor
 import json
 import logging
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -136,7 +136,9 @@ def translate(
     except ImportError as problem:
         raise Untranslatable(str(problem)) from problem
     if not checked:
-        _check(fast, spec)
+        ignore_merges, added = bool(spec["model"].get("ignore_merges")), [t["content"] for t in spec["added_tokens"]]
+        del spec  # tens of megabytes, and the check opens the tokenizer a second time
+        _check(fast, added, ignore_merges)
     return fast
 
 
@@ -259,28 +261,24 @@ def _is_run_of_spaces(token: Mapping[str, Any]) -> bool:
     return not token["special"] and len(token["content"]) > 1 and set(token["content"]) == {" "}
 
 
-def _check(fast: FastBPE, spec: Mapping[str, Any]) -> None:
+def _check(fast: FastBPE, added: Sequence[str], ignore_merges: bool) -> None:
     """Raises Untranslatable: an id differs.
 
     `tokenizers` merges a pair that is in its list, tiktoken any pair whose bytes make up a token. That is the same if
     each token's own spelling merges into the token: then the last pair before it is always the same, in any context.
     """
     raw = fast.raw
-    if not spec["model"].get("ignore_merges"):  # under it, a word that is a token is not merged at all
+    if not ignore_merges:  # under it, a word that is a token is not merged at all
         for token in fast.merged_tokens:
             if len(raw.model.tokenize(token)) != 1:
                 raise Untranslatable(f"merging the characters of {token!r} does not give that token")
-    texts = [*_SAMPLE, *_specials(spec)]
+    texts = [*_SAMPLE, *(f"a{token}b {token} \n" for token in added)]
     texts += [" ".join(texts), "".join(texts)]
     for special in (True, False):
         raw.encode_special_tokens = not special
         for text, expected in zip(texts, raw.encode_batch(texts, add_special_tokens=False), strict=True):
             if not np.array_equal(fast.encode(text, special=special), np.array(expected.ids, dtype=np.uint32)):
                 raise Untranslatable(f"the ids of {text[:40]!r} differ")
-
-
-def _specials(spec: Mapping[str, Any]) -> list[str]:
-    return [f"a{token['content']}b {token['content']} \n" for token in spec["added_tokens"]]
 
 
 def _byte_of_character() -> dict[str, int]:

@@ -144,6 +144,8 @@ class MDSWriter(PipelineStep):  # type: ignore[misc]
             with work.lock("plan", wait=True):
                 plan = unfinished_plan(work)
                 if plan is None:
+                    if _is_finished(job, world_size):  # merged, since we looked
+                        return
                     first, sample = _taken(documents)
                     documents = chain(first, documents)
                     plan = self._plan(job, sample, world_size)
@@ -155,6 +157,7 @@ class MDSWriter(PipelineStep):  # type: ignore[misc]
     def _plan(self, job: Job, sample: list[str], world_size: int) -> Plan:
         partitions = (Partition(0, ()),) * world_size
         replaces = job.work().published(manifest.NAME) is not None
+        job.work().discard()  # see `new_plan`
         inputs = _inputs(job, world_size)
         return write_plan(job, inputs, Console(stderr=True), sample=sample, partitions=partitions, replaces=replaces)
 
@@ -235,8 +238,8 @@ def _is_finished(job: Job, world_size: int) -> bool:
 
 
 def _refuse_other(plan: Plan, job: Job, world_size: int) -> None:
-    now = manifest.recipe_content(job.recipe)
-    changed = [key for key in sorted({*plan.recipe, *now}) if plan.recipe.get(key) != now.get(key)]
+    before, now = manifest.deciding(plan.recipe), manifest.deciding(manifest.recipe_content(job.recipe))
+    changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
     if len(plan.partitions) != world_size:
         changed.append(f"the number of tasks (was {len(plan.partitions)}, is {world_size})")
     if changed:

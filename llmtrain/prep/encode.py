@@ -1,5 +1,6 @@
 """Documents to token ids: through tiktoken's core where it gives the ids of `tokenizers`, else through `tokenizers`."""
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -97,6 +98,15 @@ def open_encoder(name: str, *, eos: bool, bos: bool, core: Core = "tokenizers") 
     return encoder
 
 
+def file_digest(name: str) -> str:
+    """sha256 of a tokenizer's file.
+
+    Raises:
+        UserError: there is no such tokenizer.
+    """
+    return hashlib.sha256(tokenizer_json_path(name).read_bytes()).hexdigest()
+
+
 def choose_core(name: str, sample: Iterable[str]) -> tuple[Core, str]:
     """The faster core that gives the ids of `tokenizers` for this tokenizer and this text, and why not the other.
 
@@ -107,11 +117,14 @@ def choose_core(name: str, sample: Iterable[str]) -> tuple[Core, str]:
     Raises:
         UserError: there is no such tokenizer.
     """
+    path = tokenizer_json_path(name)
     try:
-        text, spec = _read(name)
-        fast = translate(text, spec=spec)
+        fast = translate(path.read_text(encoding="utf-8"))
     except Untranslatable as reason:
+        _read(name)  # raises if it is no tokenizer at all
         return "tokenizers", str(reason)
+    except (ValueError, KeyError, TypeError) as problem:
+        raise UserError(f"{path} is not a tokenizer.json: {problem!r}") from problem
     left = _SAMPLE
     texts = []
     for text in sample:

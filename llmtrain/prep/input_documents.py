@@ -37,6 +37,7 @@ def documents_of(
             if advance is not None and n_bytes >= _REPORT_BYTES:
                 advance(n_bytes)
                 n_bytes = 0
+    _refuse_changed(partition)  # while it was read
     if advance is not None:
         advance(n_bytes)
 

@@ -91,7 +91,7 @@ def input_files(source: SourcePlace) -> list[InputFile]:
     ordered = sorted(kept, key=lambda path: path.split("/"))
     unique = list({kept[path].path: kept[path] for path in ordered}.values())
     if source.order == "shuffled":
-        return sorted(unique, key=lambda file: hashlib.sha256(file.name.encode()).digest())
+        return sorted(unique, key=lambda file: hashlib.sha256(file.name.encode(errors="surrogatepass")).digest())
     return unique
 
 
@@ -116,11 +116,25 @@ def files_of(source: SourcePlace) -> list[Path]:
     return list(named_files_of(source))
 
 
-def describe_inputs(source: SourcePlace) -> dict[str, Any]:
-    """What a later run compares to see whether the inputs are still the same: names and sizes of the files."""
+def describe_inputs(source: SourcePlace, out: str | None = None) -> dict[str, Any]:
+    """What a later run compares to see whether the inputs are still the same: names and sizes of the files.
+
+    Args:
+        source: the source.
+        out: absolute path or URL of the output; its own files are no input.
+
+    Raises:
+        UserError: no file matches, or one is of the output.
+    """
     if source.hf_name is not None:
         return {"hf_name": source.hf_name, "split": source.split}
     files = input_files(source)
+    own = None if out is None else next((file for file in files if file.path.startswith(f"{out.rstrip('/')}/")), None)
+    if own is not None:
+        raise UserError(
+            f"source {source.name!r} reads {own.path}, which is of the output ({out}): "
+            "`exclude` it, or choose another `out`"
+        )
     sizes = [(file.path.rpartition("/")[2], file.size) for file in files]
     digest = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
     return {"files": len(files), "bytes": sum(size for _, size in sizes), "names_and_sizes": digest}

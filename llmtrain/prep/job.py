@@ -8,6 +8,7 @@ from llmtrain.errors import UserError
 from llmtrain.prep.config import PrepRecipe
 from llmtrain.prep.local_work import LocalWork
 from llmtrain.prep.plan import Plan
+from llmtrain.prep.storage import is_remote
 from llmtrain.prep.work import Work
 
 PLAN = "plan.json"
@@ -23,7 +24,7 @@ class Job:
 
     def work(self) -> Work:
         """Where the unfinished output lives."""
-        if is_url(self.out):
+        if is_remote(self.out):
             from llmtrain.prep.remote_work import RemoteWork
 
             return RemoteWork(self.out)
@@ -62,11 +63,17 @@ def _parsed(data: bytes) -> Plan:
     return Plan.from_json(data)
 
 
-def is_url(path: str) -> bool:
-    """Whether an output is a URL rather than a path."""
-    return "://" in path
-
-
 def job_of(recipe: PrepRecipe) -> Job:
-    """The job of a recipe, wherever its workers stand."""
-    return Job(recipe, recipe.out if is_url(recipe.out) else str(Path(recipe.out).expanduser().absolute()))
+    """The job of a recipe, wherever its workers stand.
+
+    Raises:
+        UserError: the output cannot be a folder there.
+    """
+    if is_remote(recipe.out):
+        return Job(recipe, recipe.out)
+    out = Path(recipe.out).expanduser().absolute()
+    if out.is_symlink() or out.name in {"", ".."}:
+        out = out.resolve()  # what lies beside it, and is renamed to it in the end, belongs beside the folder itself
+    if out.is_mount():
+        raise UserError(f"out: {out} is where a file system is mounted, and nothing can take its place: add a folder")
+    return Job(recipe, str(out))

@@ -89,7 +89,7 @@ class LocalWork:
                 yield
             finally:
                 self._remove_stale()
-                alone = name == OUTPUT and not shared and _is_at(file, path)
+                alone = name == OUTPUT and _is_at(file, path) and (not shared or _has_become_exclusive(file))
                 if alone and {path.name for path in self._working.iterdir()} <= {_LOCKS, _TEMPORARY}:
                     shutil.rmtree(self._folder, ignore_errors=True)  # nothing in it: leave no trace
 
@@ -109,6 +109,12 @@ class LocalWork:
             _flush(self._out.parent)
         self.repair()
 
+    def amend(self, files: Mapping[str, bytes]) -> None:  # noqa: D102
+        with disk_problems(self._out.parent):
+            for name, data in files.items():
+                _write_to(self._out / name, data, self._out / f".{_prefix()}{name}")
+            _flush(self._out)
+
     def repair(self) -> None:  # noqa: D102
         if self._old.exists() and not self._out.exists():
             self._old.rename(self._out)
@@ -125,7 +131,7 @@ class LocalWork:
             (self._working / "plan.json").unlink(missing_ok=True)
             for path in (*self._folder.glob("*"), *self._working.glob("*")):
                 if path.name not in {_WORKING, _LOCKS}:
-                    _delete(path)
+                    _delete(path)  # all of it, or an error: what stays would be taken for finished work
 
     def _set_aside(self) -> None:
         if self.occupied() and not (self._out / _MANIFEST).is_file():
@@ -138,11 +144,12 @@ class LocalWork:
 
     def _remove_stale(self) -> None:
         """Delete what this host's processes that are no more have left."""
-        host = socket.gethostname()
-        for path in (self._working / _TEMPORARY).glob(f"{host}.*"):
-            pid = path.name.removeprefix(f"{host}.").partition(".")[0]
+        place = _place()
+        for path in (self._working / _TEMPORARY).glob(f"{place}.*"):
+            pid = path.name.removeprefix(f"{place}.").partition(".")[0]
             if pid.isdecimal() and not _is_running(int(pid)):
-                _delete(path)
+                with contextlib.suppress(OSError):
+                    _delete(path)
 
     def _temporaries(self) -> Path:
         folder = self._working / _TEMPORARY
@@ -150,24 +157,21 @@ class LocalWork:
         return folder
 
     def _write(self, path: Path, data: bytes) -> None:
-        temporary = self._temporaries() / f"{_prefix()}{path.name}"
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.replace(path)
+        _write_to(path, data, self._temporaries() / f"{_prefix()}{path.name}")
         _flush_folders(path.parent, self._folder)
 
     def _locked(self, path: Path, shared: bool, wait: bool) -> IO[str]:
         """The file that holds a lock, open; closing it gives the lock up."""
         while True:
             path.parent.mkdir(parents=True, exist_ok=True)
-            file = path.open("a+", encoding="utf-8")
+            try:
+                file = path.open("a+", encoding="utf-8")
+            except FileNotFoundError:  # the folder became the output, or went, this very moment
+                continue
             try:
                 fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             except OSError as problem:
-                holder = path.read_text(encoding="utf-8").strip() or "unknown"
+                holder = (_read(path) or b"").decode().strip() or "unknown"
                 file.close()
                 if problem.errno not in {errno.EAGAIN, errno.EACCES}:
                     log.warning("%s: this file system has no locks (%s); start nothing else on it", path, problem)
@@ -194,9 +198,36 @@ def _read(path: Path) -> bytes | None:
         return None
 
 
+def _write_to(path: Path, data: bytes, temporary: Path) -> None:
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary.replace(path)
+
+
 def _prefix() -> str:
     """What the names of this process's temporary files begin with."""
-    return f"{socket.gethostname()}.{os.getpid()}."
+    return f"{_place()}.{os.getpid()}."
+
+
+def _place() -> str:
+    """What process ids belong to: a machine, and on it a namespace: containers may share a machine's name."""
+    try:
+        namespace = os.stat("/proc/self/ns/pid").st_ino  # noqa: PTH116
+    except OSError:
+        namespace = 0
+    return f"{socket.gethostname()}-{namespace}"
+
+
+def _has_become_exclusive(file: IO[str]) -> bool:
+    """Whether nobody else holds a lock that was shared."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _is_at(file: IO[str], path: Path) -> bool:
@@ -208,7 +239,7 @@ def _is_at(file: IO[str], path: Path) -> bool:
 
 
 def _delete(path: Path) -> None:
-    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
 def _flush(path: Path) -> None:

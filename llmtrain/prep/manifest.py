@@ -1,6 +1,7 @@
 """`prep.json`: what was made from what. It appears with the finished output and decides whether a rerun has work."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from llmtrain.tokenizer import fingerprint
 
 NAME = "prep.json"
 FORMAT = 1
+WEIGHTS = ("proportion", "repeat")
+"""Keys of a source that the loader's streams have, and nothing else."""
 _NOT_CONTENT = {"out", "overwrite", "variables", "task"}  # keys of the recipe that do not change what is written
 
 
@@ -20,9 +23,19 @@ def recipe_content(recipe: DataRecipe) -> dict[str, Any]:
     return recipe.model_dump(mode="json", exclude=_NOT_CONTENT)
 
 
-def inputs_content(recipe: PrepRecipe) -> dict[str, Any]:
-    """What the recipe reads, as it is now: files by name and size, a local tokenizer by its fingerprint."""
-    found: dict[str, Any] = {source.name: describe_inputs(source) for source in recipe.sources}
+def deciding(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What `recipe_content` gave, without how much the loader takes of each source: no shard depends on that."""
+    sources = [{key: source[key] for key in source if key not in WEIGHTS} for source in content.get("sources", [])]
+    return {**content, "sources": sources}
+
+
+def inputs_content(recipe: PrepRecipe, out: str) -> dict[str, Any]:
+    """What the recipe reads, as it is now: files by name and size, a local tokenizer by its fingerprint.
+
+    Raises:
+        UserError: no file matches, or one is of the output.
+    """
+    found: dict[str, Any] = {source.name: describe_inputs(source, out) for source in recipe.sources}
     name = recipe.tokenizer.name
     local = name is not None and Path(name).expanduser().is_dir()
     content: dict[str, Any] = {"sources": found, "local_tokenizer": None}
@@ -69,7 +82,10 @@ def finished(
         raise UserError(
             f"{recipe.out}/{NAME} is damaged ({problem}): make the data again with overwrite=true"
         ) from problem
-    changed = _differences(_with_newer_keys(done, recipe), recipe_content(recipe), inputs)
+    before, now = _with_newer_keys(done, recipe), recipe_content(recipe)
+    if isinstance(recipe, PrepRecipe):
+        before, now = {**before, "recipe": deciding(before.get("recipe", {}))}, deciding(now)
+    changed = _differences(before, now, inputs)
     if not changed:
         return done
     if recipe.overwrite or replaces:

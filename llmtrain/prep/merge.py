@@ -3,6 +3,8 @@
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ from numpy.typing import NDArray
 from llmtrain.errors import UserError
 from llmtrain.prep import manifest
 from llmtrain.prep.config import PrepRecipe
+from llmtrain.prep.in_threads import in_threads
 from llmtrain.prep.job import Job
 from llmtrain.prep.mds import index_content
 from llmtrain.prep.mixture import NAME as MIXTURE
@@ -19,6 +22,8 @@ from llmtrain.prep.partition import finished_partitions, read_partition, shard_f
 from llmtrain.prep.readers import BadInput
 from llmtrain.prep.split import PartCounts, SplitCounts, SplitPart, join_tails, total
 from llmtrain.prep.work import Work
+
+_AT_ONCE = 1 << 18  # tokens
 
 
 @dataclass(frozen=True)
@@ -47,9 +52,9 @@ def merge(job: Job) -> Merged:
         UserError: a split would be empty; or something that is not the tool's is at the output's place by now.
     """
     work, plan = job.work(), job.plan()
-    made = _Sum(work, len(plan.partitions))
     with work.temporary() as folder:
         last = len(plan.partitions)
+        made = _Sum(work, last, folder)
         joined: dict[str, SplitPart] = {}
         for split in _splits(job.recipe):
             writer = shard_writer(job.recipe, plan, folder / split, last)
@@ -62,7 +67,7 @@ def merge(job: Job) -> Merged:
             raise _empty(split, count, job.recipe)
     content = {
         "format": manifest.FORMAT,
-        "recipe": plan.recipe,
+        "recipe": manifest.recipe_content(job.recipe),  # the plan's, but for the weights, which are those of now
         "inputs": plan.inputs,
         "partitions": len(plan.partitions),
         "bad_input": made.bad_input.as_dict(),
@@ -84,24 +89,25 @@ def merge(job: Job) -> Merged:
 
 
 class _Sum:
-    """All partitions of a plan, read one after another: only what cannot be added up is kept."""
+    """All partitions of a plan, read one after another: only what cannot be added up is kept, tails in a folder."""
 
-    def __init__(self, work: Work, n_partitions: int) -> None:
+    def __init__(self, work: Work, n_partitions: int, folder: Path) -> None:
         self.shards: dict[str, list[dict[str, Any]]] = {}
         self.hard_cuts = 0
         self._counts: dict[str, list[PartCounts]] = {}
         self._token_counts: dict[str, NDArray[np.int64]] = {}
-        self._tails: dict[str, list[NDArray[Any]]] = {}
+        self._tails: dict[str, tuple[Path, np.dtype[Any]]] = {}
         bad, stages = [], []
-        for number in range(n_partitions):
-            partition = read_partition(work, number)
+        for partition in in_threads(partial(read_partition, work), range(n_partitions)):
             bad.append(partition.bad_input)
             stages.append(partition.stages)
             self.hard_cuts += partition.hard_cuts
             for split, part in partition.splits.items():
                 self.shards.setdefault(split, []).extend(part.shards)
                 self._counts.setdefault(split, []).append(part.counts)
-                self._tails.setdefault(split, []).append(part.tail)
+                path, _ = self._tails.setdefault(split, (folder / f".tails-{len(self._tails)}", part.tail.dtype))
+                with path.open("ab") as file:
+                    file.write(part.tail.tobytes())
                 before = self._token_counts.get(split)
                 self._token_counts[split] = part.token_counts if before is None else before + part.token_counts
         self.bad_input = BadInput.joined(bad)
@@ -112,8 +118,12 @@ class _Sum:
             self.stages = merge_reports(stages)
 
     def tails(self, split: str) -> Iterator[NDArray[Any]]:
-        """In the order of the plan."""
-        return iter(self._tails.get(split, []))
+        """Joined, in the order of the plan, in pieces."""
+        if split in self._tails:
+            path, dtype = self._tails[split]
+            with path.open("rb") as file:
+                while len(tokens := np.fromfile(file, dtype, _AT_ONCE)):
+                    yield tokens
 
     def total(self, split: str, joined: SplitPart) -> SplitCounts:
         """The counts of a split, with the rows that its tails gave."""

@@ -5,6 +5,7 @@ What it writes depends on the job and its number alone: not on who does it, wher
 
 import io
 import json
+import socket
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,9 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from llmtrain.errors import UserError
 from llmtrain.prep.config import PrepRecipe, SourceConfig
 from llmtrain.prep.documents import Document
-from llmtrain.prep.encode import Core, Encoder, batches, open_encoder
+from llmtrain.prep.encode import Core, Encoder, batches, file_digest, open_encoder
 from llmtrain.prep.input_documents import documents_of
 from llmtrain.prep.job import Job
 from llmtrain.prep.mds import ShardWriter, token_dtype
@@ -26,6 +28,7 @@ from llmtrain.prep.plan import Plan
 from llmtrain.prep.readers import BadInput
 from llmtrain.prep.split import PartCounts, SplitPart, SplitWriter, is_validation
 from llmtrain.prep.work import Work
+from llmtrain.tokenizer import fingerprint
 
 DONE = "done/tokens"
 """Folder of the markers of finished partitions."""
@@ -63,7 +66,7 @@ def write_partition(job: Job, number: int, documents: Iterator[Document], bad: B
         bad: has taken note, when they have been read, of what could not be.
 
     Raises:
-        UserError: reading raises it, or the disk is full.
+        UserError: reading raises it, the disk is full, or there is another plan by now.
     """
     work = job.work()
     plan = job.plan()
@@ -85,6 +88,8 @@ def write_partition(job: Job, number: int, documents: Iterator[Document], bad: B
         for batch in batches(documents):
             _write(batch, encoder.encode(batch), job.recipe, source, writers, prefix)
         parts = {split: writer.finish() for split, writer in writers.items()}
+        if job.plan() != plan:  # a worker that an engine lost sight of; what it made is of no use to the new plan
+            raise UserError(f"{job.out}: the work has been discarded and planned anew by somebody else")
         work.write(f"{_ARRAYS}/{file_name(number)}.npz", _arrays(parts))
         content = {
             "splits": {
@@ -138,7 +143,8 @@ def _marker(number: int) -> str:
 
 def finished_partitions(work: Work) -> set[int]:
     """The numbers of the partitions that are there."""
-    return {int(name.removesuffix(".json")) for name in work.names(DONE)}
+    stems = (name.removesuffix(".json") for name in work.names(DONE))
+    return {int(stem) for stem in stems if stem.isdecimal()}  # network file systems put names of their own there
 
 
 def is_begun(work: Work) -> bool:
@@ -236,9 +242,15 @@ def _arrays(parts: Mapping[str, SplitPart]) -> bytes:
 
 def _encoder(job: Job, plan: Plan, work: Work) -> Encoder:
     name = plan.tokenizer or str(work.local("tokenizer"))
-    return _opened(name, job.recipe.eos, job.recipe.bos, plan.core, plan.facts["tokenizer_fingerprint"])
+    planned = plan.facts["tokenizer_fingerprint"], plan.tokenizer_sha256
+    return _opened(name, job.recipe.eos, job.recipe.bos, plan.core, *planned)
 
 
 @lru_cache(maxsize=1)  # opening takes longer than a small partition; the fingerprint tells one from the next
-def _opened(name: str, eos: bool, bos: bool, core: Core, fingerprint: str) -> Encoder:
+def _opened(name: str, eos: bool, bos: bool, core: Core, planned: str, sha256: str) -> Encoder:
+    if file_digest(name) != sha256 and fingerprint(name) != planned:  # the former is cheap
+        raise UserError(
+            f"tokenizer: {name!r} is another one on {socket.gethostname()} than the work was planned with. Bring the "
+            "same version there, or give all machines one folder"
+        )
     return open_encoder(name, eos=eos, bos=bos, core=core)

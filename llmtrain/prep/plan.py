@@ -75,6 +75,8 @@ class Plan:
     """In the order of the output."""
     replaces: bool = False
     """Whether what lies at the output's place may be replaced: `--overwrite` was given."""
+    tokenizer_sha256: str = ""
+    """Of its `tokenizer.json`: on another machine the name may stand for another version."""
     format: int = FORMAT
 
     @cached_property

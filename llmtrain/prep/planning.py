@@ -12,7 +12,7 @@ from llmtrain.compressed import is_compressed
 from llmtrain.prep import manifest
 from llmtrain.prep.config import PrepRecipe, SourceConfig
 from llmtrain.prep.documents import Document
-from llmtrain.prep.encode import choose_core, open_encoder
+from llmtrain.prep.encode import choose_core, file_digest, open_encoder
 from llmtrain.prep.inputs import input_bytes, input_files, pieces_of
 from llmtrain.prep.job import PLAN, Job
 from llmtrain.prep.partition import is_held_out
@@ -90,6 +90,7 @@ def write_plan(
         core=core,
         partitions=partitions,
         replaces=replaces,
+        tokenizer_sha256=file_digest(opened),
     )
     work.write(PLAN, plan.to_json())
     return plan
@@ -110,14 +111,16 @@ def grouped(pieces: Sequence[Piece], size: int) -> Iterator[tuple[Piece, ...]]:
     """
     of_hub = sum(piece.unit == "shard" for piece in pieces)
     group: list[Piece] = []
+    total = 0
     for piece in pieces:
-        together = sum(one.size for one in group) + piece.size <= size
+        together = total + piece.size <= size
         if of_hub:
             together = len(group) < -(-of_hub // _MOST_PARTITIONS)
         if group and not together:
             yield tuple(group)
-            group = []
+            group, total = [], 0
         group.append(piece)
+        total += piece.size
     if group:
         yield tuple(group)
 
@@ -136,8 +139,8 @@ def bytes_to_read(plan: Plan, numbers: Sequence[int]) -> int | None:
 
 def changes(plan: Plan, recipe: PrepRecipe, inputs: Mapping[str, Any]) -> list[str]:
     """What is not any more as it was when the plan was made: keys of the recipe, and files."""
-    now = manifest.recipe_content(recipe)
-    changed = [key for key in sorted({*plan.recipe, *now}) if plan.recipe.get(key) != now.get(key)]
+    before, now = manifest.deciding(plan.recipe), manifest.deciding(manifest.recipe_content(recipe))
+    changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
     if changed:
         return changed
     for number, source in enumerate(recipe.sources):

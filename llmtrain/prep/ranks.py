@@ -8,16 +8,17 @@ from llmtrain.prep.config import PrepRecipe
 from llmtrain.prep.job import job_of, unfinished_plan
 from llmtrain.prep.partition import finished_partitions
 from llmtrain.prep.passes import is_reduced, reduce_pass, signed_partitions
-from llmtrain.prep.planning import make_plan
-from llmtrain.prep.report import print_nothing_to_do
 from llmtrain.prep.run import (
     Options,
+    check_options,
     finished,
+    new_plan,
     open_engine,
     passes_of,
     refuse_changed,
     run_partitions,
     run_pass_of,
+    say_finished,
 )
 from llmtrain.prep.work import OUTPUT
 
@@ -31,19 +32,20 @@ def run_rank(recipe: PrepRecipe, console: Console, options: Options) -> None:
     rank, world_size = _checked(options)
     job = job_of(recipe)
     work = job.work()
-    inputs = manifest.inputs_content(recipe)
+    inputs = manifest.inputs_content(recipe, job.out)
     done = finished(job, inputs)
     if done is not None:
-        print_nothing_to_do(console, recipe.out, done)
+        say_finished(job, done, console)
         return
     with work.lock(OUTPUT, shared=True), work.lock(f"rank-{rank:05}"):
         with work.lock("plan", wait=True):
             plan = unfinished_plan(work)
             if plan is None:
-                replaces = work.published(manifest.NAME) is not None
-                if replaces:
-                    work.discard()
-                plan = make_plan(job, inputs, console, replaces=replaces)
+                done = finished(job, inputs)
+                if done is not None:  # merged, since we looked
+                    say_finished(job, done, console)
+                    return
+                plan = new_plan(job, inputs, console)
         refuse_changed(plan, recipe, inputs)
         engine = open_engine(options, plan)
         mine = range(rank, len(plan.partitions), world_size)
@@ -77,6 +79,8 @@ def _checked(options: Options) -> tuple[int, int]:
     rank, world_size = options.rank, options.world_size
     if rank is None or world_size is None:
         raise UserError("--rank and --world-size go together: --rank 3 --world-size 64")
+    if world_size < 1:
+        raise UserError(f"--world-size {world_size}: give at least 1")
     if not 0 <= rank < world_size:
         raise UserError(f"--rank {rank}: ranks are numbered from 0 to {world_size - 1} (--world-size {world_size})")
     if options.engine != "local":
@@ -86,4 +90,5 @@ def _checked(options: Options) -> tuple[int, int]:
             "--plan and --overwrite concern all ranks: run `llmtrain prep RECIPE --plan --overwrite` once, and then "
             "the ranks without them"
         )
+    check_options(options)
     return rank, world_size

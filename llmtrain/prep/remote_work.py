@@ -10,6 +10,7 @@ from pathlib import Path
 from llmtrain.data.shards import check_names, without_password
 from llmtrain.errors import UserError
 from llmtrain.prep import storage
+from llmtrain.prep.in_threads import in_threads
 from llmtrain.prep.remote_lock import remote_lock, require_not_lost
 from llmtrain.prep.scratch import scratch_folder
 from llmtrain.prep.stores.open import open_store
@@ -90,6 +91,11 @@ class RemoteWork:
             self._put(f"{self.out}/{place}", data)
         self._clear_work()
 
+    def amend(self, files: Mapping[str, bytes]) -> None:
+        """See `Work`."""
+        for place, data in files.items():
+            self._put(f"{self.out}/{place}", data)
+
     def published(self, name: str) -> bytes | None:
         """See `Work`."""
         return storage.read_bytes(f"{self.out}/{name}")
@@ -125,6 +131,8 @@ class RemoteWork:
                 f"{without_password(self.out)} holds data that were copied there (no {RECORD}): what belongs to them "
                 "is not known. Delete them yourself, or choose another place"
             )
+        for url in [url for url in _downloaded if url.startswith(f"{self.out}/")]:
+            del _downloaded[url]
         self.write(_DISCARDED, json.dumps(sorted(places)).encode())
         self._delete_discarded()
 
@@ -132,18 +140,20 @@ class RemoteWork:
         places = set(json.loads(self.read(_DISCARDED) or b"[]"))
         check_names(sorted(places), without_password(self.out))
         # First what makes the output look finished, then what makes it visible.
-        first = ["prep.json", *sorted(place for place in places if place.rpartition("/")[2] == "index.json")]
-        self._remove(f"{self.out}/{place}" for place in first if place in places)
-        self._remove(f"{self.out}/{place}" for place in sorted(places - set(first)))
-        self._remove([f"{self.out}/{RECORD}"])
+        finished = places & {"prep.json"}
+        visible = {place for place in places if place.rpartition("/")[2] == "index.json"}
+        for group in (finished, visible, places - finished - visible, {RECORD}):
+            self._remove(f"{self.out}/{place}" for place in sorted(group))
         self._clear_work()
 
     def _clear_work(self) -> None:
         """Delete the working files, but for the locks: they are their holders'."""
         names = [name for name in storage.names_below(self._working("")) if not name.startswith(f"{_LOCKS}/")]
         # The list of what to delete last, or a process that is killed here would leave the rest for ever.
-        names.sort(key=lambda name: (name == _DISCARDED, not name.startswith(f"{_FILES}/"), name))
-        self._remove(self._working(name) for name in names)
+        files = {name for name in names if name.startswith(f"{_FILES}/")}
+        last = {_DISCARDED} & set(names)
+        for group in (files, set(names) - files - last, last):
+            self._remove(self._working(name) for name in sorted(group))
         store, _, path = open_store(self.out)
         persistently(lambda: store.prune(path, leftovers=True), f"deleting empty folders below {self.out}")
 
@@ -153,7 +163,7 @@ class RemoteWork:
 
     def _recorded(self) -> set[str]:
         """All files of the unfinished output, uploaded or about to be."""
-        contents = [self.read(f"{_FILES}/{name}") for name in sorted(self.names(_FILES))]
+        contents = list(in_threads(self.read, [f"{_FILES}/{name}" for name in sorted(self.names(_FILES))]))
         contents.append(self.read(_DISCARDED))
         return {place for content in contents if content is not None for place in json.loads(content)}
 
@@ -168,6 +178,9 @@ class RemoteWork:
             raise UserError(f"{without_password(url)} cannot be written: {problem}") from problem
 
     def _remove(self, urls: Iterable[str]) -> None:
-        for url in urls:
-            store, _, path = open_store(url)
-            persistently(partial(store.remove, path), f"deleting {url}")
+        for _ in in_threads(self._remove_one, urls):
+            pass
+
+    def _remove_one(self, url: str) -> None:
+        store, _, path = open_store(url)
+        persistently(partial(store.remove, path), f"deleting {url}")

@@ -27,6 +27,13 @@ def print_nothing_to_do(console: Console, out: str | Path, done: Mapping[str, An
     console.print(line, highlight=False, soft_wrap=True)
 
 
+def print_new_weights(console: Console, recipe: PrepRecipe) -> None:
+    """Of a run that finds the shards complete, and other weights in the recipe than before."""
+    line = f"{recipe.out} is complete; {MIXTURE} has the weights of the recipe now. For the training recipe:\n"
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
+    console.print(loader_yaml(recipe), highlight=False, markup=False, soft_wrap=True)
+
+
 def print_plan(console: Console, recipe: PrepRecipe, plan: Plan) -> None:
     """What there is to do, one line a source."""
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -51,7 +58,8 @@ def print_made(console: Console, recipe: PrepRecipe, merged: Merged, seconds: fl
 
         print_stage_report(console, merged.content)
     if merged.content["hard_cuts"]:
-        line = f"{merged.content['hard_cuts']:,} cuts in long documents without a blank for 16 MB: ids may differ there"
+        cuts = f"{merged.content['hard_cuts']:,} cuts in long documents"
+        line = f"{cuts}, without a place to cut for 2 million characters: ids may differ there"
         console.print(line, highlight=False, soft_wrap=True)
     mixture = ""
     if mixture_yaml(recipe) is not None:
@@ -70,6 +78,7 @@ def _print_bad_input(console: Console, bad: BadInput) -> None:
     if bad.empty:
         lines.append(f"{bad.empty:,} empty documents or files, the first: {bad.first_empty[0]}")
     for line in lines:
+        line = line.encode(errors="backslashreplace").decode()  # names of files need not be UTF-8
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 

@@ -22,11 +22,13 @@ from llmtrain.prep.engines import Engine, Task
 from llmtrain.prep.engines.local import LocalEngine
 from llmtrain.prep.job import Job, job_of, unfinished_plan
 from llmtrain.prep.merge import merge, missing_partitions
+from llmtrain.prep.mixture import NAME as MIXTURE
+from llmtrain.prep.mixture import mixture_yaml
 from llmtrain.prep.partition import finished_partitions, is_begun, make_partition
 from llmtrain.prep.passes import is_reduced, reduce_pass, run_pass, signed_partitions
 from llmtrain.prep.plan import Plan
 from llmtrain.prep.planning import bytes_to_read, changes, make_plan
-from llmtrain.prep.report import print_made, print_nothing_to_do, print_plan
+from llmtrain.prep.report import print_made, print_new_weights, print_nothing_to_do, print_plan
 from llmtrain.prep.work import OUTPUT
 from llmtrain.progress import progress
 
@@ -119,19 +121,18 @@ def run(recipe: PrepRecipe, console: Console, options: Options | None = None) ->
         UserError: see `prepare`.
     """
     options, start = options or Options(), time.monotonic()
+    check_options(options)
     job = job_of(recipe)
     work = job.work()
-    inputs = manifest.inputs_content(recipe)
+    inputs = manifest.inputs_content(recipe, job.out)
     done = finished(job, inputs)
     if done is not None and work.is_clean():
-        print_nothing_to_do(console, recipe.out, done)
-        return done
+        return say_finished(job, done, console)
     with work.lock(OUTPUT):
         work.repair()
         done = finished(job, inputs)
         if done is not None:
-            print_nothing_to_do(console, recipe.out, done)
-            return done
+            return say_finished(job, done, console)
         with _left_in_order(job, console):
             plan = open_plan(job, inputs, console)
             if options.only_plan:
@@ -157,11 +158,10 @@ def run_merge(recipe: PrepRecipe, console: Console) -> dict[str, Any]:
     start = time.monotonic()
     job = job_of(recipe)
     work = job.work()
-    inputs = manifest.inputs_content(recipe)
+    inputs = manifest.inputs_content(recipe, job.out)
     done = finished(job, inputs)
     if done is not None and work.is_clean():
-        print_nothing_to_do(console, recipe.out, done)
-        return done
+        return say_finished(job, done, console)
     with work.lock(OUTPUT):
         work.repair()
         plan = unfinished_plan(work)
@@ -169,8 +169,7 @@ def run_merge(recipe: PrepRecipe, console: Console) -> dict[str, Any]:
             done = finished(job, inputs)
             if done is None:
                 raise UserError(f"out: there is no unfinished work on {recipe.out}: nothing to merge")
-            print_nothing_to_do(console, recipe.out, done)
-            return done
+            return say_finished(job, done, console)
         refuse_changed(plan, recipe, inputs)
         missing = missing_partitions(job)
         if missing:
@@ -200,9 +199,18 @@ def open_plan(job: Job, inputs: dict[str, Any], console: Console) -> Plan:
             n_done = len(finished_partitions(work))
             console.print(f"going on: {n_done:,} of {len(plan.partitions):,} partitions are done", highlight=False)
             return plan
+    return new_plan(job, inputs, console)
+
+
+def new_plan(job: Job, inputs: dict[str, Any], console: Console) -> Plan:
+    """A plan where there is none; to be called by one process at a time.
+
+    What lies there without one is of work that was being discarded, or of a finished output that may be replaced:
+    another recipe's partitions must not be taken for this one's.
+    """
+    work = job.work()
     replaces = work.published(manifest.NAME) is not None
-    if replaces:
-        work.discard()
+    work.discard()
     return make_plan(job, inputs, console, replaces=replaces)
 
 
@@ -216,16 +224,28 @@ def refuse_changed(plan: Plan, recipe: PrepRecipe, inputs: dict[str, Any]) -> No
         )
 
 
+def check_options(options: Options) -> None:
+    """Before anything is read: planning may take long.
+
+    Raises:
+        UserError: an option is wrong, or does not go with another.
+    """
+    if options.engine not in {"local", "spark", "datatrove"}:
+        raise UserError(f"--engine {options.engine}: expected local, spark or datatrove")
+    if options.processes is not None and options.processes < 1:
+        raise UserError(f"--processes {options.processes}: give at least 1")
+    if options.processes is not None and options.engine == "spark":
+        raise UserError("--processes: how many work at a time is Spark's affair: --master 'local[4]', or its settings")
+    if options.master is not None and options.engine != "spark":
+        raise UserError("--master is Spark's: give --engine spark, too")
+
+
 def open_engine(options: Options, plan: Plan) -> Engine:
     """The engine that the options name.
 
     Raises:
-        UserError: it is not installed, or an option does not go with it.
+        UserError: it is not installed.
     """
-    if options.processes is not None and options.processes < 1:
-        raise UserError(f"--processes {options.processes}: give at least 1")
-    if options.master is not None and options.engine != "spark":
-        raise UserError("--master is Spark's: give --engine spark, too")
     if options.engine == "spark":
         from llmtrain.prep.engines.spark import SparkEngine
 
@@ -237,8 +257,6 @@ def open_engine(options: Options, plan: Plan) -> Engine:
         from llmtrain.prep.engines.datatrove import DatatroveEngine
 
         return DatatroveEngine(processes)
-    if options.engine != "local":
-        raise UserError(f"--engine {options.engine}: expected local, spark or datatrove")
     return LocalEngine(processes)
 
 
@@ -279,6 +297,22 @@ def finished(job: Job, inputs: dict[str, Any]) -> dict[str, Any] | None:
     plan = unfinished_plan(work)
     replaces = plan is not None and plan.replaces and not changes(plan, job.recipe, inputs)
     return manifest.finished(job.recipe, inputs, work, replaces=replaces)
+
+
+def say_finished(job: Job, done: dict[str, Any], console: Console) -> dict[str, Any]:
+    """Say that there is nothing to do; but the weights of the sources are written down where they are others now."""
+    mixture = mixture_yaml(job.recipe)
+    renewed = {**done, "recipe": manifest.recipe_content(job.recipe)}
+    if mixture is None or _weights(renewed) == _weights(done):
+        print_nothing_to_do(console, job.recipe.out, done)
+        return done
+    job.work().amend({MIXTURE: mixture.encode(), manifest.NAME: manifest.to_json(renewed)})
+    print_new_weights(console, job.recipe)
+    return renewed
+
+
+def _weights(content: dict[str, Any]) -> list[Any]:
+    return [[source.get(key) for key in ("name", *manifest.WEIGHTS)] for source in content["recipe"]["sources"]]
 
 
 @contextmanager

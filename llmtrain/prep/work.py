@@ -59,6 +59,9 @@ class Work(Protocol):
         Working files are gone afterwards.
         """
 
+    def amend(self, files: Mapping[str, bytes]) -> None:
+        """Replace small files of the finished output, in this order, each as a whole."""
+
     def published(self, name: str) -> bytes | None:
         """A small file of the finished output (`prep.json`), or None when there is none."""
 

@@ -1,5 +1,7 @@
 """A long document in parts has the ids of the whole, wherever its reader cut it."""
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -154,3 +156,16 @@ def test_what_a_document_left_does_not_run_into_the_next(folder_of, short):
     text = "other words " * 20
     encoder.encode(parts_of(["one two three " * 20, "four"])[:1])
     assert np.concatenate(encoder.encode(parts_of([text[:99], text[99:]]))).tolist() == whole(encoder, text)
+
+
+def test_cuts_within_words_reach_the_report(corpus, monkeypatch):
+    monkeypatch.setattr("llmtrain.prep.readers.LONG", 4096)
+    monkeypatch.setattr("llmtrain.prep.fragments.LONG", 4096)
+    monkeypatch.setattr("llmtrain.prep.fragments._HARD", 8 * 4096)
+    assert corpus.make(out=str(corpus.folder / "other"))[0]["hard_cuts"] == 0
+    with corpus.files[0].open("a") as file:
+        file.write(json.dumps({"text": "-" * 100_000}) + "\n")
+    content, said = corpus.make(partition_bytes=1_000_000)
+    assert content["hard_cuts"] == 3
+    assert json.loads((corpus.out / "prep.json").read_text())["hard_cuts"] == 3
+    assert "3 cuts in long documents, without a place to cut" in said

@@ -1,16 +1,22 @@
+import io
 import json
+import os
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
+from rich.console import Console
 
 from llmtrain.errors import UserError
+from llmtrain.prep import report
 from llmtrain.prep.config import PrepRecipe
 from llmtrain.prep.job import job_of, unfinished_plan
 from llmtrain.prep.local_work import LocalWork
 from llmtrain.prep.partition import make_partition
 from llmtrain.prep.plan import InputFile, Partition, Piece, Plan
 from llmtrain.prep.planning import bytes_to_read, grouped, partition_bytes
+from llmtrain.prep.readers import BadInput
 from llmtrain.prep.run import Options
 
 MIB = 1 << 20
@@ -138,3 +144,59 @@ def test_a_job_pickles_small(corpus):
     data = pickle.dumps(job_of(corpus.recipe()))
     assert len(data) < 5_000
     assert pickle.loads(data) == job_of(corpus.recipe())
+
+
+def test_many_small_files_are_grouped_without_adding_up_again():
+    """A million files must not take hours: each piece's size is looked at a few times, whatever the group's length."""
+    looks = 0
+
+    class Counted(int):
+        def __radd__(self, other):
+            nonlocal looks
+            looks += 1
+            return int(other) + int(self)
+
+    pieces = [Piece((), size=Counted(1)) for _ in range(3000)]
+    assert [len(group) for group in grouped(pieces, 1000)] == [1000, 1000, 1000]
+    assert looks <= 3 * len(pieces)
+
+
+def test_names_of_files_that_are_no_utf8(corpus, digest):
+    """Linux allows any bytes in names."""
+    bad = os.fsencode(corpus.folder) + b"/docs/\xff\xfe.jsonl"
+    with open(bad, "wb") as file:  # noqa: PTH123
+        file.write(corpus.files[0].read_bytes() + b"{broken\n")
+    for order in ("name", "shuffled"):
+        sources = [{**corpus.base["sources"][0], "order": order}]
+        content, _ = corpus.make(out=str(corpus.folder / order), sources=sources, on_error="skip")
+        assert sum(split["documents"] for split in content["splits"].values()) == 2000
+        assert content["bad_input"]["bad"] == 1
+
+
+def test_what_is_bad_in_such_a_file_is_printed():
+    """Standard output takes UTF-8 only."""
+    out = io.TextIOWrapper(io.BytesIO(), "utf-8", errors="strict")
+    bad = BadInput("skip")
+    bad("/docs/\udcff.jsonl, line 1", "not JSON")
+    report._print_bad_input(Console(file=out, width=100), bad)
+    out.flush()
+    assert b"\\udcff.jsonl, line 1: not JSON" in out.buffer.getvalue()  # type: ignore[attr-defined]
+
+
+def test_an_output_among_its_own_inputs_is_named(corpus):
+    """Otherwise the second run would find "changed files", and with --overwrite tokenise its own shards."""
+    sources = [{"name": "docs", "files": [f"{corpus.folder}/**/*.json*"]}]
+    corpus.make(sources=sources)
+    with pytest.raises(UserError, match=r"source 'docs' reads .*/out/.*json, which is of the output .*`exclude` it"):
+        corpus.make(sources=sources)
+    sources[0]["exclude"] = [f"{corpus.out}/*"]
+    corpus.make(sources=sources, overwrite=True)
+    assert "nothing to do" in corpus.make(sources=sources)[1]
+
+
+@pytest.mark.parametrize("name", ["prep.json", "mixture.yaml", "tokenizer"])
+def test_a_source_cannot_have_the_name_of_a_file_of_the_output(corpus, name):
+    sources = [{**corpus.base["sources"][0], "name": name}]
+    with pytest.raises(ValidationError, match=f"{name} is another file there"):
+        corpus.recipe(sources=sources, split_by_source=True)
+    corpus.recipe(sources=sources)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from llmtrain.errors import UserError
+from llmtrain.prep import ranks
 from llmtrain.prep.local_work import LocalWork
 from llmtrain.prep.run import Options, prepare, prepare_merge
 
@@ -27,15 +28,15 @@ def rank(file, number, world_size):
 def test_ranks_in_any_order_and_merge_give_what_one_process_gives(corpus, digest, order, capsys):
     expected = corpus.reference()
     file = corpus.file()
-    ranks = list(range(4))
-    random.Random(order).shuffle(ranks)
-    for number in ranks:
+    numbers = list(range(4))
+    random.Random(order).shuffle(numbers)
+    for number in numbers:
         assert not corpus.out.exists()
         rank(file, number, 4)
     prepare_merge(file)
     assert digest(corpus.out) == expected
     said = capsys.readouterr().out
-    assert f"rank {ranks[0]} of 4: its 5 partitions are done; 5 of 20 in all" in said
+    assert f"rank {numbers[0]} of 4: its 5 partitions are done; 5 of 20 in all" in said
     assert "train_loader:" in said
     rank(file, 1, 4)
     prepare_merge(file)
@@ -138,6 +139,10 @@ def test_passes_of_stages(corpus, digest):
         (["--rank", "0", "--world-size", "2", "--overwrite"], "concern all ranks"),
         (["--rank", "0", "--world-size", "2", "--engine", "spark"], "shares out the work itself"),
         (["--processes", "0"], "at least 1"),
+        (["--processes", "0", "--plan"], "at least 1"),
+        (["--rank", "0", "--world-size", "0"], "--world-size 0: give at least 1"),
+        (["--rank", "0", "--world-size", "2", "--processes", "-1"], "at least 1"),
+        (["--engine", "spark", "--processes", "3"], "is Spark's affair"),
         (["--engine", "ray"], "expected local, spark or datatrove"),
         (["--master", "local[2]"], "--engine spark"),
     ],
@@ -165,3 +170,22 @@ def test_conversations_have_no_ranks(tmp_path):
         rank(file, 0, 2)
     with pytest.raises(UserError, match="nothing to merge"):
         prepare_merge(file)
+
+
+def test_a_rank_that_comes_while_the_output_is_merged(corpus, digest, monkeypatch, capsys):
+    """It has looked before the merge and gets its lock behind it: what is finished is not begun again."""
+    file = corpus.file(overwrite=True)
+    rank(file, 0, 1)
+    looked = ranks.finished
+
+    def looks_first(job, inputs):
+        monkeypatch.setattr(ranks, "finished", looked)
+        found = looked(job, inputs)
+        prepare_merge(file)
+        return found
+
+    monkeypatch.setattr(ranks, "finished", looks_first)
+    rank(file, 0, 1)
+    assert "nothing to do" in capsys.readouterr().out
+    assert not corpus.partial.exists()
+    assert digest(corpus.out) == corpus.reference()

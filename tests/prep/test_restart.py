@@ -2,9 +2,11 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -300,3 +302,117 @@ def test_the_result_is_read_by_streaming_and_by_the_loader(corpus, tmp_path):
     TextLoaderConfig.model_validate(
         {"name": "text", "dataset": {"local": str(corpus.out), "split": "train", "max_seq_len": 64}, "drop_last": True}
     )
+
+
+def test_what_was_being_discarded_is_not_taken_for_finished(stopped, digest, monkeypatch):
+    """Killed in `discard`: the plan is gone, the other recipe's partitions and their marks are there."""
+    (stopped.partial / ".work/plan.json").unlink()
+    assert len(finished_shards(stopped.partial)) > 0
+    stopped.make(max_seq_len=32)
+    assert digest(stopped.out) == stopped.reference(max_seq_len=32)
+
+
+def test_what_cannot_be_discarded_is_an_error(stopped, monkeypatch):
+    def refused(path, ignore_errors=False):
+        if not ignore_errors:
+            raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("shutil.rmtree", refused)
+    with pytest.raises(UserError, match="cannot be written"):
+        LocalWork(stopped.out).discard()
+
+
+@pytest.mark.parametrize("what", ["planned anew", "finished"])
+def test_a_worker_that_the_engine_lost_writes_nothing(corpus, what):
+    """Its unit goes on while another command discards the plan, and makes another, or finishes."""
+    from llmtrain.prep.input_documents import documents_of
+    from llmtrain.prep.job import job_of
+    from llmtrain.prep.partition import write_partition
+    from llmtrain.prep.readers import BadInput
+
+    corpus.make(Options(only_plan=True))
+    job, bad = job_of(corpus.recipe()), BadInput("fail")
+    plan = corpus.partial / ".work/plan.json"
+
+    def documents():
+        yield from documents_of(job, 0, bad)
+        if what == "finished":
+            plan.unlink()
+        else:
+            plan.write_bytes(replace(job.plan(), core="tokenizers").to_json())
+
+    with pytest.raises(UserError, match="discarded and planned anew" if what == "planned anew" else "there is no plan"):
+        write_partition(job, 0, documents(), bad)
+    assert not (corpus.partial / ".work/done").exists()
+    assert not list(corpus.partial.glob("*/shard.*"))
+
+
+def test_an_input_that_changes_while_it_is_read(stopped):
+    from llmtrain.prep.input_documents import documents_of
+    from llmtrain.prep.job import job_of
+    from llmtrain.prep.readers import BadInput
+
+    documents = documents_of(job_of(stopped.recipe()), 1, BadInput("fail"))
+    next(documents)
+    os.utime(stopped.files[0], ns=(1, 1))
+    with pytest.raises(UserError, match=r"0\.jsonl has changed since the work was planned"):
+        list(documents)
+
+
+def test_the_output_of_a_link_lies_where_the_link_leads(corpus, digest):
+    expected = corpus.reference()
+    (corpus.folder / "disk").mkdir()
+    corpus.out.symlink_to(corpus.folder / "disk" / "there")
+    corpus.make()
+    assert corpus.out.is_symlink()
+    assert digest(corpus.folder / "disk" / "there") == expected
+    assert [path.name for path in (corpus.folder / "disk").iterdir()] == ["there"]
+    assert "nothing to do" in corpus.make()[1]
+    assert not list(corpus.folder.glob(".out*"))
+
+
+def test_an_output_above_the_current_folder(corpus, monkeypatch):
+    (corpus.folder / "above" / "here").mkdir(parents=True)
+    monkeypatch.chdir(corpus.folder / "above" / "here")
+    with pytest.raises(UserError, match="exists and was not made by"):
+        corpus.make(out="..")
+    monkeypatch.chdir("/proc")  # a file system of its own
+    with pytest.raises(UserError, match=r"/proc is where a file system is mounted"):
+        corpus.make(out=".")
+
+
+def test_temporary_files_of_another_container_stay(corpus, monkeypatch):
+    """Two containers with the machine's name and processes of their own: ids of one mean nothing in the other."""
+    work = LocalWork(corpus.out)
+    with work.temporary() as folder:
+        monkeypatch.setattr("llmtrain.prep.local_work._is_running", lambda pid: False)
+        place = "llmtrain.prep.local_work._place"
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setattr(place, lambda: f"{socket.gethostname()}-4026539999")
+            with work.lock("rank-00001"):
+                pass
+        assert folder.exists()
+        with work.lock("rank-00001"):
+            pass
+        assert not folder.exists()
+
+
+def test_a_tokenizer_that_is_another_one_for_a_worker(corpus, small_tokenizer):
+    """As when a name of the hub stands for another revision on another machine."""
+    from llmtrain.prep.job import job_of
+    from llmtrain.prep.partition import make_partition
+
+    folder = corpus.folder / "tokenizer"
+    subprocess.run(["cp", "-r", str(small_tokenizer), str(folder)], check=True)
+    recipe = corpus.recipe(tokenizer={"name": str(folder)})
+    corpus.make(Options(only_plan=True), tokenizer={"name": str(folder)})
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(spec, indent=7))  # the same, in other words
+    make_partition(job_of(recipe), 0)
+    spec["model"]["merges"].pop()
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    from llmtrain.prep import partition
+
+    partition._opened.cache_clear()  # a worker of its own
+    with pytest.raises(UserError, match=r"is another one on .* than the work was planned with"):
+        make_partition(job_of(recipe), 1)

@@ -8,12 +8,15 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import boto3
 import pytest
 
 from llmtrain.errors import UserError
 from llmtrain.prep import storage
+from llmtrain.prep.plan import InputFile
+from llmtrain.prep.readers.files import opened
 from llmtrain.prep.remote_work import RemoteWork
 from llmtrain.prep.stores import retry
 from llmtrain.prep.stores.open import open_store
@@ -231,6 +234,16 @@ def test_sftp_connections_that_break_cost_retries(sftp_place, tmp_path, monkeypa
     left = [path for path in (tmp_path / "server/data").iterdir() if path.name.endswith(".llmtrain")]
     store.prune(path, leftovers=True)
     assert not [path for path in left if path.exists()]
+
+
+def test_a_file_that_was_replaced_by_one_of_its_size(place):
+    put(f"{place}/a.jsonl", b"{}")
+    (found,) = storage.glob_files(f"{place}/*.jsonl")
+    planned = InputFile(found.url, "a.jsonl", found.size, found.mtime)
+    with opened(planned) as data:
+        assert data.read() == b"{}"
+    with pytest.raises(UserError, match="has changed since"), opened(replace(planned, mtime=found.mtime - 10**9)):
+        pass
 
 
 def test_what_cannot_be_had_is_one_message_with_the_cause(s3_place, monkeypatch):

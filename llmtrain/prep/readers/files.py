@@ -22,7 +22,7 @@ def opened(file: InputFile) -> Iterator[IO[bytes]]:
     """A file as it lies there.
 
     Raises:
-        UserError: its size is not the one that it was planned with.
+        UserError: its size, or the time of its last change, is not the one that it was planned with.
         OSError: it cannot be read.
     """
     with open_input(file.path) as data:
@@ -31,6 +31,11 @@ def opened(file: InputFile) -> Iterator[IO[bytes]]:
             raise UserError(
                 f"{file.path} has changed since the work was planned: {file.size:,} bytes then, {size:,} now. "
                 "Start again from the beginning (--overwrite)"
+            )
+        now = getattr(getattr(data, "raw", None), "mtime", file.mtime)  # of a remote file, which nobody else looks at
+        if now != file.mtime:
+            raise UserError(
+                f"{file.path} has changed since the work was planned. Start again from the beginning: --overwrite"
             )
         data.seek(0)
         yield data

@@ -28,6 +28,11 @@ class RemoteFile(io.RawIOBase):
         self._thread: ThreadPoolExecutor | None = None
         self._ahead: tuple[int, Future[bytes]] | None = None
 
+    @property
+    def mtime(self) -> int:
+        """When it was last changed, in nanoseconds; 0 where the storage does not say."""
+        return self._file.mtime
+
     def readable(self) -> bool:  # noqa: D102
         return True
 
