@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -209,6 +209,7 @@ def test_windows_change_nothing(heads: int, kv_heads: int, documents: bool, monk
 
 
 @settings(max_examples=50, deadline=None)
+@example(needed=[0.0, 2.0, 64.0, math.inf, 1.0], per=1, window=100)  # five widths, but four within the window
 @given(
     needed=st.lists(st.floats(-10, 5000) | st.just(math.inf), min_size=1, max_size=12),
     per=st.sampled_from([1, 2]),

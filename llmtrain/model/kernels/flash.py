@@ -152,10 +152,11 @@ def head_groups(needed: list[float], kv_heads: int, longest: int, window: int = 
     Windows are powers of two, and at most MAX_GROUPS: the narrowest join the next, which costs the least.
     """
     per = len(needed) // kv_heads
+    most = longest if window < 0 else min(longest, window)
     windows = []
     for head in range(kv_heads):
         widest = max(needed[head * per : (head + 1) * per])
-        windows.append(min(longest, 1 << max(0, int(widest)).bit_length()) if widest < longest else longest)
+        windows.append(min(most, 1 << max(0, int(widest)).bit_length()) if widest < most else most)
     distinct = sorted(set(windows))
     merged = dict(zip(distinct, distinct, strict=True))
     for narrow in distinct[: max(0, len(distinct) - MAX_GROUPS)]:
@@ -163,10 +164,7 @@ def head_groups(needed: list[float], kv_heads: int, longest: int, window: int = 
     groups: dict[int, list[int]] = {}
     for head, width in enumerate(windows):
         wide = merged[width]
-        limit = -1 if wide >= longest else wide
-        if window >= 0:
-            limit = window if limit < 0 else min(limit, window)
-        groups.setdefault(limit, []).append(head)
+        groups.setdefault(wide if wide < most else window, []).append(head)
     return list(groups.items())
 
 
