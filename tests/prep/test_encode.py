@@ -1,5 +1,6 @@
 """Which core tokenises, and that both give the ids of `tokenizers`."""
 
+import gc
 import json
 from pydoc_data.topics import topics
 
@@ -79,6 +80,19 @@ def test_the_sample_is_bounded(byte_level, monkeypatch):
 
     assert choose_core(byte_level, endless())[0] == "tiktoken"
     assert len(taken) == 4
+
+
+def test_the_parsed_file_is_gone_when_the_tokenizer_is_opened_a_second_time(byte_level, monkeypatch):
+    """Tens of megabytes for 50,000 tokens, on top of the highest point of planning."""
+    parsed = []
+
+    def look(*_):
+        objects = gc.get_objects()
+        parsed.append([one for one in objects if type(one) is dict and {"pre_tokenizer", "added_tokens"} <= one.keys()])
+
+    monkeypatch.setattr("llmtrain.fast_bpe._check", look)
+    assert choose_core(byte_level, ["text"])[0] == "tiktoken"
+    assert parsed == [[]]
 
 
 def test_a_missing_bos_is_named(metaspace):
