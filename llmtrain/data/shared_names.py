@@ -68,6 +68,9 @@ class Untracked(SharedMemory):  # type: ignore[misc]
         finally:
             resource_tracker.register = register
 
+    def __reduce__(self) -> Any:
+        return Untracked, (self.shm.name, False)  # in a worker that is not forked
+
     def cleanup(self) -> None:
         """Closes it; the process that made it also removes its name."""
         for memory in (*self.opened_shms, *self.created_shms):

@@ -1,10 +1,12 @@
 """Runs on one machine keep out of each other's shared memory, and leave none, however they end."""
 
+import atexit
 import errno
 import gc
 import itertools
 import multiprocessing
 import os
+import pickle
 import shutil
 import signal
 import tempfile
@@ -12,6 +14,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +194,23 @@ def test_a_process_that_makes_many_datasets_keeps_nothing_of_them(corpus) -> Non
     gc.collect()
     assert not files_of(*numbers)
     assert open_files() == before
+
+
+def test_a_worker_that_is_not_forked_leaves_the_memory_to_its_owner(corpus, monkeypatch) -> None:
+    """The tracker would warn of it at the end, and remove it under the other ranks."""
+    loader = build(corpus)
+    sent, tracked = pickle.dumps(loader.dataset), []
+    monkeypatch.setattr(resource_tracker, "register", lambda *what: tracked.append(what))
+    received = pickle.loads(sent)
+    assert not tracked
+    received.next_epoch = 5
+    assert loader.dataset.next_epoch == 5
+    before = files_of(number(loader))
+    for memory in received._names._memories:
+        assert not memory.created_shms
+        atexit.unregister(memory.cleanup)
+    del received, memory
+    assert files_of(number(loader)) == before
 
 
 def test_checkpoints_of_a_resumed_run_keep_no_file_open(corpus) -> None:
