@@ -1,4 +1,4 @@
-"""What is printed at the end: totals, and the loader's YAML, ready to paste."""
+"""What is printed at the beginning and at the end: code to be run, totals, and the loader's YAML, ready to paste."""
 
 import textwrap
 from collections.abc import Mapping
@@ -17,6 +17,7 @@ from llmtrain.prep.mixture import mixture_yaml, streams_of
 from llmtrain.prep.plan import Plan
 from llmtrain.prep.readers import BadInput
 from llmtrain.prep.split import SplitCounts
+from llmtrain.prep.stages.config import Language, UserFunction
 from llmtrain.prep.storage import is_remote
 
 
@@ -32,6 +33,14 @@ def print_new_weights(console: Console, recipe: PrepRecipe) -> None:
     line = f"{recipe.out} is complete; {MIXTURE} has the weights of the recipe now. For the training recipe:\n"
     console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print(loader_yaml(recipe), highlight=False, markup=False, soft_wrap=True)
+
+
+def print_functions(console: Console, recipe: PrepRecipe) -> None:
+    """Before anything of it is imported: the Python code that a recipe has run."""
+    for stage in recipe.stages:
+        if isinstance(stage, Language | UserFunction):
+            line = f"stage {stage.name} runs {stage.function}, as the recipe says"
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def print_plan(console: Console, recipe: PrepRecipe, plan: Plan) -> None:

@@ -28,7 +28,7 @@ from llmtrain.prep.partition import finished_partitions, is_begun, make_partitio
 from llmtrain.prep.passes import is_reduced, reduce_pass, run_pass, signed_partitions
 from llmtrain.prep.plan import Plan
 from llmtrain.prep.planning import bytes_to_read, changes, make_plan
-from llmtrain.prep.report import print_made, print_new_weights, print_nothing_to_do, print_plan
+from llmtrain.prep.report import print_functions, print_made, print_new_weights, print_nothing_to_do, print_plan
 from llmtrain.prep.work import OUTPUT
 from llmtrain.progress import progress
 
@@ -70,7 +70,9 @@ def prepare(recipe_file: Path, overrides: Sequence[str] = (), options: Options |
         if options != Options(overwrite=options.overwrite):
             raise UserError(f"{recipe_file}: task: finetuning is carried out by one process; --overwrite is its option")
         run_conversations(recipe, console)
-    elif options.rank is not None or options.world_size is not None:
+        return
+    print_functions(console, recipe)
+    if options.rank is not None or options.world_size is not None:
         from llmtrain.prep.ranks import run_rank
 
         run_rank(recipe, console, options)
@@ -84,10 +86,11 @@ def prepare_merge(recipe_file: Path, overrides: Sequence[str] = ()) -> None:
     Raises:
         UserError: partitions are missing; see also `prepare`.
     """
-    recipe = load_recipe(recipe_file, overrides)
+    recipe, console = load_recipe(recipe_file, overrides), Console()
     if isinstance(recipe, ConversationRecipe):
         raise UserError(f"{recipe_file}: task: finetuning is carried out by one process; there is nothing to merge")
-    run_merge(recipe, Console())
+    print_functions(console, recipe)
+    run_merge(recipe, console)
 
 
 def load_recipe(recipe_file: Path, overrides: Sequence[str] = ()) -> PrepRecipe | ConversationRecipe:

@@ -159,6 +159,7 @@ def test_a_stage_that_fails_names_the_document_and_leaves_no_output(corpus):
     recipe(corpus)
     failed = prep(corpus, check=False)
     assert failed.returncode == 2
+    assert failed.stdout.splitlines()[0] == "stage function runs my_stages:is_wanted, as the recipe says"
     message = " ".join((failed.stdout + failed.stderr).split())
     assert re.search(r"[01]\.jsonl, byte \d+: stage function: my_stages:is_wanted returned \d+", message)
     assert "Traceback" not in message
