@@ -16,11 +16,13 @@ def import_module(name: str) -> Any:
     except ModuleNotFoundError as problem:
         if problem.name != name.partition(".")[0]:
             raise
-    sys.path.insert(0, str(Path.cwd()))
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
     try:
         return importlib.import_module(name)
     finally:
-        sys.path.pop(0)
+        with contextlib.suppress(ValueError):  # the module may change the path, too
+            sys.path.remove(here)
 
 
 def files_digest(function: Any) -> str:

@@ -1,3 +1,5 @@
+import sys
+
 import numpy as np
 import pytest
 
@@ -86,6 +88,15 @@ def test_numpy_truth_is_truth():
 def test_a_function_that_does_not_do_is_named_with_the_document(function, attribute, message):
     with pytest.raises(UserError, match=message):
         judged(UserFunction(name="function", function=function(attribute)), "text")
+
+
+def test_a_module_may_change_the_path(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+    before = list(sys.path)
+    (tmp_path / "my_path_stages.py").write_text("import sys\nsys.path.insert(0, '/mine')\ndef f(text): return True\n")
+    assert judged(UserFunction(name="function", function="my_path_stages:f"), "text")[0] == ["text"]
+    assert sys.path == ["/mine", *before]
 
 
 def test_a_module_that_is_not_there():
