@@ -48,13 +48,13 @@ storywriter: train
 	$(BIN)/composer -n $(RANKS) train.py yamls/mpt-tiny-storywriter.yaml max_seq_len=$(LONG) run_name=$(STORY)
 	@echo "by position runs/$(STORY)/loss_by_position.png"
 
-# Slow tests start two ranks themselves, so they come one after another. 5: TEST names a folder that has none of a kind.
+# Slow tests by themselves: among them the longest files, which then begin first. 5: TEST names a folder that has none.
 test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 --dist loadscope -m 'not slow' $(TEST) || [ $$? = 5 ]
-	$(BIN)/python -m pytest -m slow $(TEST) || [ $$? = 5 ]
+	$(BIN)/python -m pytest -n 2 --dist loadscope -m slow $(TEST) || [ $$? = 5 ]
 
 $(VENV_PIP)/.ready: pyproject.toml
 	@test -x $(VENV_PIP)/bin/python || $(PYTHON) -m venv $(VENV_PIP)
