@@ -9,6 +9,8 @@ from typing import Any
 from llmtrain.errors import UserError
 
 INDEX = "index.json"
+MANIFEST = "prep.json"
+"""What `llmtrain prep` writes last; a folder that has none may be somebody else's."""
 
 
 def require_index(folder: Path, key: str) -> None:
@@ -41,7 +43,7 @@ def prepared_with(folder: Path) -> dict[str, Any] | None:
     if isinstance(index, dict):
         return index
     for place in (folder, folder.parent, folder.parent.parent):
-        found = _json(place / "prep.json")
+        found = _json(place / MANIFEST)
         if "tokenizer_fingerprint" in found:
             return found
     return None

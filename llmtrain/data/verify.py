@@ -11,11 +11,9 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from llmtrain.data.mds_files import Damage, FileEntry, Index, Rows, ShardEntry, digest, read_index, unpack
-from llmtrain.data.shards import INDEX, require_index
+from llmtrain.data.shards import INDEX, MANIFEST, require_index
 from llmtrain.errors import UserError
 from llmtrain.progress import progress
-
-MANIFEST = "prep.json"
 
 
 @dataclass

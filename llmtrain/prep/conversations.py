@@ -13,6 +13,7 @@ from rich.console import Console
 from llmtrain.conversations import preprocessing
 from llmtrain.conversations.messages import BadExample, Chat, PromptResponse
 from llmtrain.conversations.rows import identity_of_dataset
+from llmtrain.data.shards import MANIFEST
 from llmtrain.errors import UserError
 from llmtrain.prep import manifest, python_docs
 from llmtrain.prep.conversation_config import ConversationRecipe, ConversationSource
@@ -86,7 +87,7 @@ def run(recipe: ConversationRecipe, console: Console) -> dict[str, Any]:
     with hidden_until_complete(out) as partial:
         content = _make(recipe, partial, console)
         content["inputs"] = inputs
-        (partial / manifest.NAME).write_bytes(manifest.to_json(content))
+        (partial / MANIFEST).write_bytes(manifest.to_json(content))
     print_conversations(console, content, time.monotonic() - start)
     console.print(f"\n{out} is complete. For the training recipe:\n", highlight=False, soft_wrap=True)
     console.print(conversation_loader_yaml(recipe), highlight=False, markup=False, soft_wrap=True)

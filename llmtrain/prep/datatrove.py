@@ -19,6 +19,7 @@ from typing import Any
 
 from rich.console import Console
 
+from llmtrain.data.shards import MANIFEST
 from llmtrain.errors import UserError
 from llmtrain.prep import manifest
 from llmtrain.prep.config import PrepRecipe
@@ -156,7 +157,7 @@ class MDSWriter(PipelineStep):  # type: ignore[misc]
 
     def _plan(self, job: Job, sample: list[str], world_size: int) -> Plan:
         partitions = (Partition(0, ()),) * world_size
-        replaces = job.work().published(manifest.NAME) is not None
+        replaces = job.work().published(MANIFEST) is not None
         job.work().discard()  # see `new_plan`
         inputs = _inputs(job, world_size)
         return write_plan(job, inputs, Console(stderr=True), sample=sample, partitions=partitions, replaces=replaces)
@@ -195,7 +196,7 @@ class MDSMerge(PipelineStep):  # type: ignore[misc]
         with work.lock(OUTPUT):
             work.repair()
             if unfinished_plan(work) is None:
-                if work.published(manifest.NAME) is None:
+                if work.published(MANIFEST) is None:
                     raise UserError(
                         f"out: nothing has been written for {self.recipe.out}, so there is nothing to merge"
                     )

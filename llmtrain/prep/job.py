@@ -9,9 +9,7 @@ from llmtrain.prep.config import PrepRecipe
 from llmtrain.prep.local_work import LocalWork
 from llmtrain.prep.plan import Plan
 from llmtrain.prep.storage import is_remote
-from llmtrain.prep.work import Work
-
-PLAN = "plan.json"
+from llmtrain.prep.work import PLAN, Work
 
 
 @dataclass(frozen=True)

@@ -13,15 +13,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
+from llmtrain.data.shards import MANIFEST
 from llmtrain.errors import UserError
 from llmtrain.prep.disk import disk_problems
-from llmtrain.prep.work import OUTPUT
+from llmtrain.prep.work import OUTPUT, PLAN
 
 log = logging.getLogger(__name__)
 
 _WORKING = ".work"
 _LOCKS, _TEMPORARY = "locks", "tmp"
-_MANIFEST = "prep.json"  # what `llmtrain prep` writes last; what has none may be somebody else's
 _SECONDS_BETWEEN_TRIES = 0.1
 
 
@@ -118,7 +118,7 @@ class LocalWork:
     def repair(self) -> None:  # noqa: D102
         if self._old.exists() and not self._out.exists():
             self._old.rename(self._out)
-        if (self._out / _MANIFEST).is_file():
+        if (self._out / MANIFEST).is_file():
             shutil.rmtree(self._out / _WORKING, ignore_errors=True)
             shutil.rmtree(self._old, ignore_errors=True)
 
@@ -128,13 +128,13 @@ class LocalWork:
     def discard(self) -> None:  # noqa: D102
         with disk_problems(self._out.parent):
             # The plan first: without it the rest is nothing, whenever this is interrupted.
-            (self._working / "plan.json").unlink(missing_ok=True)
+            (self._working / PLAN).unlink(missing_ok=True)
             for path in (*self._folder.glob("*"), *self._working.glob("*")):
                 if path.name not in {_WORKING, _LOCKS}:
                     _delete(path)  # all of it, or an error: what stays would be taken for finished work
 
     def _set_aside(self) -> None:
-        if self.occupied() and not (self._out / _MANIFEST).is_file():
+        if self.occupied() and not (self._out / MANIFEST).is_file():
             raise UserError(
                 f"out: {self._out} has come into being meanwhile and was not made by `llmtrain prep`. Move it away and "
                 "run the command again"

@@ -5,13 +5,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llmtrain.data.shards import MANIFEST
 from llmtrain.errors import UserError
 from llmtrain.prep.config import DataRecipe, PrepRecipe
 from llmtrain.prep.inputs import describe_inputs
 from llmtrain.prep.work import Work
 from llmtrain.tokenizer import fingerprint
 
-NAME = "prep.json"
 FORMAT = 1
 WEIGHTS = ("proportion", "repeat")
 """Keys of a source that the loader's streams have, and nothing else."""
@@ -67,11 +67,11 @@ def finished(
     Raises:
         UserError: `out` holds something else that may not be replaced, or something that `llmtrain prep` did not write.
     """
-    data = work.published(NAME)
+    data = work.published(MANIFEST)
     if data is None:
         if work.occupied():
             raise UserError(
-                f"out: {recipe.out} exists and was not made by `llmtrain prep` (no {NAME}): choose another folder"
+                f"out: {recipe.out} exists and was not made by `llmtrain prep` (no {MANIFEST}): choose another folder"
             )
         return None
     try:
@@ -80,7 +80,7 @@ def finished(
         if recipe.overwrite or replaces:
             return None
         raise UserError(
-            f"{recipe.out}/{NAME} is damaged ({problem}): make the data again with overwrite=true"
+            f"{recipe.out}/{MANIFEST} is damaged ({problem}): make the data again with overwrite=true"
         ) from problem
     before, now = _with_newer_keys(done, recipe), recipe_content(recipe)
     if isinstance(recipe, PrepRecipe):

@@ -3,22 +3,21 @@
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from llmtrain.data.shards import MANIFEST
 from llmtrain.errors import UserError
 from llmtrain.prep import manifest
 from llmtrain.prep.config import PrepRecipe
-from llmtrain.prep.in_threads import in_threads
 from llmtrain.prep.job import Job
 from llmtrain.prep.mds import index_content
 from llmtrain.prep.mixture import NAME as MIXTURE
 from llmtrain.prep.mixture import mixture_yaml
-from llmtrain.prep.partition import finished_partitions, read_partition, shard_files, shard_writer, splits_of
+from llmtrain.prep.partition import finished_partitions, read_partitions, shard_files, shard_writer, splits_of
 from llmtrain.prep.readers import BadInput
 from llmtrain.prep.split import PartCounts, SplitCounts, SplitPart, join_tails, total
 from llmtrain.prep.work import Work
@@ -83,9 +82,9 @@ def merge(job: Job) -> Merged:
     mixture = mixture_yaml(job.recipe)
     if mixture is not None:
         files[MIXTURE] = mixture.encode()
-    files[manifest.NAME] = manifest.to_json(content)
+    files[MANIFEST] = manifest.to_json(content)
     work.publish(files)
-    return Merged(json.loads(files[manifest.NAME]), counts, made.bad_input)
+    return Merged(json.loads(files[MANIFEST]), counts, made.bad_input)
 
 
 class _Sum:
@@ -98,7 +97,7 @@ class _Sum:
         self._token_counts: dict[str, NDArray[np.int64]] = {}
         self._tails: dict[str, tuple[Path, np.dtype[Any]]] = {}
         bad, stages = [], []
-        for partition in in_threads(partial(read_partition, work), range(n_partitions)):
+        for partition in read_partitions(work, n_partitions):
             bad.append(partition.bad_input)
             stages.append(partition.stages)
             self.hard_cuts += partition.hard_cuts

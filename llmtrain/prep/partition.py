@@ -8,7 +8,7 @@ import json
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from llmtrain.errors import UserError
 from llmtrain.prep.config import PrepRecipe, SourceConfig
 from llmtrain.prep.documents import Document
 from llmtrain.prep.encode import Core, Encoder, batches, file_digest, open_encoder
+from llmtrain.prep.in_threads import in_threads
 from llmtrain.prep.input_documents import documents_of
 from llmtrain.prep.job import Job
 from llmtrain.prep.mds import ShardWriter, token_dtype
@@ -116,16 +117,27 @@ class MadePartition:
     """As `Pipeline.report` has it; empty without stages."""
 
 
-def read_partition(work: Work, number: int) -> MadePartition:
-    """What `make_partition` left about a partition.
+def read_partitions(work: Work, n: int) -> Iterator[MadePartition]:
+    """What `make_partition` left about partitions 0 ... n - 1, in that order.
 
     Raises:
-        FileNotFoundError: it is not finished.
+        FileNotFoundError: one of them is not finished.
     """
+    # The threads only fetch: numpy reads headers with `ast`, and CPython 3.11 counts the depth of its recursion for
+    # all threads together ("SystemError: AST constructor recursion depth mismatch", now and then).
+    for fetched in in_threads(partial(_fetch, work), range(n)):
+        yield _made_partition(*fetched)
+
+
+def _fetch(work: Work, number: int) -> tuple[bytes, bytes]:
     marker = work.read(_marker(number))
     data = work.read(f"{_ARRAYS}/{file_name(number)}.npz")
     if marker is None or data is None:
         raise FileNotFoundError(f"partition {number} is not finished")
+    return marker, data
+
+
+def _made_partition(marker: bytes, data: bytes) -> MadePartition:
     content = json.loads(marker)
     with np.load(io.BytesIO(data)) as arrays:
         splits = {

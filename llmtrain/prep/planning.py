@@ -14,12 +14,12 @@ from llmtrain.prep.config import PrepRecipe, SourceConfig
 from llmtrain.prep.documents import Document
 from llmtrain.prep.encode import choose_core, file_digest, open_encoder
 from llmtrain.prep.inputs import input_bytes, input_files, pieces_of
-from llmtrain.prep.job import PLAN, Job
+from llmtrain.prep.job import Job
 from llmtrain.prep.partition import is_held_out
 from llmtrain.prep.plan import Partition, Piece, Plan
 from llmtrain.prep.readers import BadInput, read_piece
 from llmtrain.prep.train_tokenizer import train_tokenizer
-from llmtrain.prep.work import Work
+from llmtrain.prep.work import PLAN, Work
 from llmtrain.tokenizer import fingerprint
 
 _MIB = 1 << 20

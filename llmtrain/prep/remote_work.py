@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from pathlib import Path
 
-from llmtrain.data.shards import check_names, without_password
+from llmtrain.data.shards import MANIFEST, check_names, without_password
 from llmtrain.errors import UserError
 from llmtrain.prep import storage
 from llmtrain.prep.in_threads import in_threads
@@ -109,7 +109,7 @@ class RemoteWork:
         """See `Work`."""
         if self.read(_DISCARDED) is not None:
             self._delete_discarded()
-        elif self.published("prep.json") is not None:  # all is there: only the end of `publish` is missing
+        elif self.published(MANIFEST) is not None:  # all is there: only the end of `publish` is missing
             self._clear_work()
 
     def is_clean(self) -> bool:
@@ -126,7 +126,7 @@ class RemoteWork:
         record = self.published(RECORD)
         if record is not None:
             places |= set(json.loads(record))
-        elif self.published("prep.json") is not None:
+        elif self.published(MANIFEST) is not None:
             raise UserError(
                 f"{without_password(self.out)} holds data that were copied there (no {RECORD}): what belongs to them "
                 "is not known. Delete them yourself, or choose another place"
@@ -140,7 +140,7 @@ class RemoteWork:
         places = set(json.loads(self.read(_DISCARDED) or b"[]"))
         check_names(sorted(places), without_password(self.out))
         # First what makes the output look finished, then what makes it visible.
-        finished = places & {"prep.json"}
+        finished = places & {MANIFEST}
         visible = {place for place in places if place.rpartition("/")[2] == "index.json"}
         for group in (finished, visible, places - finished - visible, {RECORD}):
             self._remove(f"{self.out}/{place}" for place in sorted(group))

@@ -14,6 +14,7 @@ from rich.console import Console
 from llmtrain.config.base import Config
 from llmtrain.config.load import load
 from llmtrain.cores import available_cores
+from llmtrain.data.shards import MANIFEST
 from llmtrain.errors import UserError
 from llmtrain.prep import manifest
 from llmtrain.prep.config import PrepRecipe
@@ -212,7 +213,7 @@ def new_plan(job: Job, inputs: dict[str, Any], console: Console) -> Plan:
     another recipe's partitions must not be taken for this one's.
     """
     work = job.work()
-    replaces = work.published(manifest.NAME) is not None
+    replaces = work.published(MANIFEST) is not None
     work.discard()
     return make_plan(job, inputs, console, replaces=replaces)
 
@@ -309,7 +310,7 @@ def say_finished(job: Job, done: dict[str, Any], console: Console) -> dict[str, 
     if mixture is None or _weights(renewed) == _weights(done):
         print_nothing_to_do(console, job.recipe.out, done)
         return done
-    job.work().amend({MIXTURE: mixture.encode(), manifest.NAME: manifest.to_json(renewed)})
+    job.work().amend({MIXTURE: mixture.encode(), MANIFEST: manifest.to_json(renewed)})
     print_new_weights(console, job.recipe)
     return renewed
 

@@ -5,6 +5,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
+PLAN = "plan.json"
+"""The working file without which all others count for nothing."""
 OUTPUT = "output"
 """The lock of a whole output: alone to change it, shared to add partitions to it."""
 

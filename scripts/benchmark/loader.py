@@ -21,7 +21,6 @@ import os
 import platform
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,6 +30,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from side import Side
 
 SEQ_LEN, BATCH, VOCAB = 2048, 8, 50_432
 OURS, THEIRS = "llmtrain", "llm-foundry"
@@ -76,7 +76,7 @@ def write_shards(folder: Path, rows: int) -> None:
             writer.write(ids.astype(np.uint16))
 
 
-def measure(args: argparse.Namespace, sides: dict[str, "Side"], folder: str) -> dict[str, Any]:
+def measure(args: argparse.Namespace, sides: dict[str, Side], folder: str) -> dict[str, Any]:
     task = {
         "do": "read",
         "folder": folder,
@@ -152,31 +152,6 @@ def draw(result: dict[str, Any], path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
-
-
-class Side:
-    """A process that reads when it is asked to."""
-
-    def __init__(self, command: list[str]) -> None:
-        quiet = {"TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **quiet}
-        )
-
-    def ask(self, **task: object) -> Any:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(task) + "\n")
-        self._process.stdin.flush()
-        for line in self._process.stdout:
-            if line.startswith("answer: "):
-                return json.loads(line.removeprefix("answer: "))
-        raise SystemExit("one side ended: see its message above")
-
-    def stop(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
 
 
 def serve() -> None:

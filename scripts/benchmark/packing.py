@@ -28,7 +28,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -39,6 +38,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from side import Side
 
 from llmtrain.data.finetuning.collate import FinetuningCollator
 from llmtrain.data.finetuning.packing import OnlinePacker
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write OUT.json and OUT.png")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    foundry = Foundry(args.foundry_python) if args.foundry_python else None
+    foundry = Side([args.foundry_python, str(WORKER)]) if args.foundry_python else None
     with tempfile.TemporaryDirectory() as work:
         result = measure(args, foundry, Path(work))
     show(Console(), result)
@@ -77,7 +77,7 @@ def main() -> None:
         foundry.stop()
 
 
-def measure(args: argparse.Namespace, foundry: "Foundry | None", work: Path) -> dict[str, Any]:
+def measure(args: argparse.Namespace, foundry: Side | None, work: Path) -> dict[str, Any]:
     result: dict[str, Any] = {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -223,34 +223,6 @@ def draw(result: dict[str, Any], path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
-
-
-class Foundry:
-    """llm-foundry in its own environment, doing what it is asked."""
-
-    def __init__(self, python: str) -> None:
-        self._process = subprocess.Popen(
-            [python, str(WORKER)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"},
-        )
-
-    def ask(self, **task: object) -> Any:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(task) + "\n")
-        self._process.stdin.flush()
-        for line in self._process.stdout:
-            if line.startswith("answer: "):
-                return json.loads(line.removeprefix("answer: "))
-        raise SystemExit("llm-foundry's side ended: see its message above")
-
-    def stop(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
 
 
 if __name__ == "__main__":

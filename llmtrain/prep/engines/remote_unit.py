@@ -10,7 +10,8 @@ from pathlib import Path
 
 from llmtrain.errors import UserError
 from llmtrain.prep.engines import Task
-from llmtrain.prep.job import PLAN, Job
+from llmtrain.prep.job import Job
+from llmtrain.prep.work import PLAN
 
 _MISTAKE = "llmtrain's UserError: "
 
