@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 _WORKING = ".work"
 _LOCKS, _TEMPORARY = "locks", "tmp"
 _SECONDS_BETWEEN_TRIES = 0.1
+_PATIENCE = 2.0
+"""Seconds. Who gives a shared lock up has it alone for a moment, and must not turn away who comes just then."""
 
 
 class LocalWork:
@@ -162,6 +164,7 @@ class LocalWork:
 
     def _locked(self, path: Path, shared: bool, wait: bool) -> IO[str]:
         """The file that holds a lock, open; closing it gives the lock up."""
+        patient_until = time.monotonic() + _PATIENCE
         while True:
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -176,7 +179,7 @@ class LocalWork:
                 if problem.errno not in {errno.EAGAIN, errno.EACCES}:
                     log.warning("%s: this file system has no locks (%s); start nothing else on it", path, problem)
                     return path.open("a+", encoding="utf-8")
-                if not wait:
+                if not wait and time.monotonic() > patient_until:
                     raise UserError(
                         f"out: another `llmtrain prep` is at work on {self._out} ({holder}). Wait for it, or stop it "
                         "first"

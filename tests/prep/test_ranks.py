@@ -189,3 +189,17 @@ def test_a_rank_that_comes_while_the_output_is_merged(corpus, digest, monkeypatc
     assert "nothing to do" in capsys.readouterr().out
     assert not corpus.partial.exists()
     assert digest(corpus.out) == corpus.reference()
+
+
+def test_ranks_that_come_and_go_do_not_turn_each_other_away(tmp_path):
+    """Who leaves looks whether it was the last, and has the lock alone for that moment."""
+    work = LocalWork(tmp_path / "out")
+
+    def come_and_go() -> None:
+        for _ in range(200):
+            with work.lock("output", shared=True):
+                pass
+
+    with ThreadPoolExecutor(8) as pool:
+        for done in [pool.submit(come_and_go) for _ in range(8)]:
+            done.result()
