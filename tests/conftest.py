@@ -22,6 +22,12 @@ REPOSITORY = Path(__file__).parent.parent
 sys.path.append(str(REPOSITORY))  # ranks import the tests that start them by name; last, so an installed llmtrain wins
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Modules that take long begin first, so that no worker is left with one at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (item.path.name != "test_make_train.py", item.path not in slow))
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gloo_training") and not GLOO_AVERAGES_GRADIENTS:
         pytest.skip(f"torch {torch.__version__} sums gradients over gloo ranks: llmtrain refuses to train on several")
