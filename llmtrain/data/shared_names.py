@@ -59,12 +59,24 @@ class Untracked(SharedMemory):  # type: ignore[misc]
 
     The tracker warns of what a killed process left, and removes it while others may use it. Here the owners' lock says
     when it goes.
+
+    Raises:
+        ValueError: another rank has made it, and not given it its size after `_PATIENCE`. Streaming waits for 7 ms.
+        OSError: of the system; FileNotFoundError where there is none to open.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         register, resource_tracker.register = resource_tracker.register, lambda *_: None
+        give_up = time.monotonic() + _PATIENCE
         try:
-            super().__init__(*args, **kwargs)
+            while True:
+                try:
+                    super().__init__(*args, **kwargs)
+                    return
+                except ValueError:  # an empty file cannot be mapped
+                    if time.monotonic() > give_up:
+                        raise
+                time.sleep(0.005)
         finally:
             resource_tracker.register = register
 
@@ -170,7 +182,7 @@ def own_names() -> Iterator[Names]:
     names = Names()
 
     def kept(*args: Any, **kwargs: Any) -> Any:
-        names.keep(memory := _patiently(*args, **kwargs))
+        names.keep(memory := Untracked(*args, **kwargs))
         return memory
 
     before = streaming_dataset.get_shm_prefix, streaming_array.SharedMemory
@@ -210,18 +222,6 @@ def closed_afterwards() -> Iterator[None]:
             for memory in opened:
                 atexit.unregister(memory.cleanup)
                 memory.cleanup()
-
-
-def _patiently(*args: Any, **kwargs: Any) -> Any:
-    """Waits while another rank has made it and not yet given it its size; Streaming waits for 7 ms in all."""
-    give_up = time.monotonic() + _PATIENCE
-    while True:
-        try:
-            return Untracked(*args, **kwargs)
-        except ValueError:  # an empty file cannot be mapped
-            if time.monotonic() > give_up:
-                raise
-            time.sleep(0.005)
 
 
 def remove_stale() -> None:

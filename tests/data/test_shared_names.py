@@ -4,6 +4,7 @@ import atexit
 import errno
 import gc
 import itertools
+import mmap
 import multiprocessing
 import os
 import pickle
@@ -108,6 +109,19 @@ def test_ranks_of_runs_that_start_at_once_agree(corpus) -> None:
     for ranks in runs:
         assert ranks[0] == ranks[1]
     assert len({n for ranks in runs for n in ranks[0]}) == 12
+
+
+def test_a_rank_waits_for_memory_that_another_one_is_just_making(corpus) -> None:
+    """Without its size it cannot be mapped; Streaming's own classes wait for 7 ms."""
+    loader = build(corpus)
+    memory = Path(f"/dev/shm/{number(loader):06}_resume")
+    memory.touch()
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(lambda: (time.sleep(0.3), os.truncate(memory, mmap.PAGESIZE)))
+        loader.load_state_dict({"epoch": 0, "sample_in_epoch": 8, "num_canonical_nodes": 1, "shuffle_seed": 9176})
+        other.result()
+    assert memory.read_bytes().startswith(b"{")
+    memory.unlink()
 
 
 def train_and_hang(corpus: TinyCorpus, workers: int, dataset: dict[str, Any], answers: Any, uid: int) -> None:
