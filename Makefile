@@ -9,6 +9,8 @@ VENV_PIP ?= .venv-pip
 BIN      := $(VENV)/bin
 RANKS    ?= 2
 TEST     ?=
+# Of the training recipes, for a quick look: make train OVERRIDES=max_duration=100ba
+OVERRIDES ?=
 WORKERS  ?= 3
 
 .PHONY: setup train twins storywriter test test-pip lint clean
@@ -25,7 +27,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 train: setup
 	$(BIN)/llmtrain prep data_prep/tiny.yaml
 	@echo "train       starting $(RANKS) ranks; they import for half a minute"
-	$(BIN)/composer -n $(RANKS) train.py yamls/mpt-tiny.yaml
+	$(BIN)/composer -n $(RANKS) train.py yamls/mpt-tiny.yaml $(OVERRIDES)
 	$(BIN)/llmtrain export runs/mpt-tiny runs/mpt-tiny/export
 	$(BIN)/llmtrain generate runs/mpt-tiny/export --prompt 'def __init__(self' --prompt 'The "with" statement' --prompt 'import os' --max-new-tokens 48 --temperature 0.6
 	@echo "loss curve  runs/mpt-tiny/loss.png"
@@ -33,10 +35,10 @@ train: setup
 # base -> instruct -> chat, the CPU twins of MPT-7B's fine-tuning runs
 twins: train
 	$(BIN)/llmtrain prep data_prep/tiny-instruct.yaml
-	$(BIN)/composer -n $(RANKS) train.py yamls/mpt-tiny-instruct.yaml
+	$(BIN)/composer -n $(RANKS) train.py yamls/mpt-tiny-instruct.yaml $(OVERRIDES)
 	$(BIN)/llmtrain export runs/mpt-tiny-instruct runs/mpt-tiny-instruct/export
 	$(BIN)/llmtrain prep data_prep/tiny-chat.yaml
-	$(BIN)/composer -n $(RANKS) train.py yamls/mpt-tiny-chat.yaml
+	$(BIN)/composer -n $(RANKS) train.py yamls/mpt-tiny-chat.yaml $(OVERRIDES)
 	$(BIN)/llmtrain export runs/mpt-tiny-chat runs/mpt-tiny-chat/export
 	printf '%s\n' 'What is `argparse.ArgumentParser`?' '>>> 2 + 3' | $(BIN)/llmtrain chat runs/mpt-tiny-chat/export --temperature 0 --max-new-tokens 48
 	@echo "loss curves runs/mpt-tiny-instruct/loss.png runs/mpt-tiny-chat/loss.png"

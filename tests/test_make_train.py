@@ -1,4 +1,7 @@
-"""`make twins` as a newcomer meets it: everything real, from raw text to a model that chats. And killed half-way."""
+"""`make train` and `make twins` as a newcomer meets them, from raw text to a model that chats. And killed half-way.
+
+Everything is real; two of the three runs are half as long as their recipes say.
+"""
 
 import json
 import os
@@ -11,7 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmtrain.testing.launch import Run, launch, launcher_environment, read_metric
+from llmtrain.checkpoint.export import export
+from llmtrain.prep.run import prepare
+from llmtrain.testing.launch import Finished, Run, launch, launcher_environment, read_metric
 from llmtrain.testing.state import same_state
 
 pytestmark = [pytest.mark.slow, pytest.mark.gloo_training]
@@ -23,10 +28,15 @@ ASKED = [
 ]
 
 
-def make(target: str, folder: Path) -> str:
+STEPS = 280
+RECIPES = {"instruct": "yamls/mpt-tiny-instruct.yaml", "chat": "yamls/mpt-tiny-chat.yaml"}
+SHORTER = {"instruct": ["max_duration=1ep"], "chat": []}
+
+
+def make(target: str, folder: Path, *options: str) -> str:
     """Runs a target of the Makefile with this Python's environment instead of a new one."""
     done = subprocess.run(
-        ["make", "-o", "setup", target, f"VENV={Path(sys.executable).parent.parent}"],
+        ["make", *options, "-o", "setup", target, f"VENV={Path(sys.executable).parent.parent}"],
         cwd=folder,
         env=launcher_environment(),
         stdout=subprocess.PIPE,
@@ -51,8 +61,31 @@ def checkout(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="module")
 def first(checkout: Path) -> str:
-    """The output of the first `make twins`, which begins with `make train`."""
-    return make("twins", checkout)
+    """The output of the first `make train`."""
+    return make("train", checkout, f"OVERRIDES=max_duration={STEPS}ba")
+
+
+@pytest.fixture(scope="module")
+def tuned(checkout: Path, first: str) -> dict[str, Finished]:
+    """What `make twins` does then, in processes that need not import everything anew."""
+    runs = {}
+    for name, recipe in RECIPES.items():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(checkout)
+            prepare(Path(f"data_prep/tiny-{name}.yaml"))
+            runs[name] = launch(checkout / recipe, SHORTER[name], ranks=2, cwd=checkout)
+            assert runs[name].code == 0, runs[name].output
+            export(Path(f"runs/mpt-tiny-{name}"), Path(f"runs/mpt-tiny-{name}/export"))
+    return runs
+
+
+def test_make_twins_goes_on_with_these_recipes(checkout: Path) -> None:
+    steps = [line for line in make("twins", checkout, "-n").splitlines() if line.startswith("/")]
+    after = steps[next(i for i, step in enumerate(steps) if "data_prep/tiny-instruct.yaml" in step) :]
+    for name, three in zip(RECIPES, (after[:3], after[3:6]), strict=True):
+        assert f"llmtrain prep data_prep/tiny-{name}.yaml" in three[0]
+        assert f"composer -n 2 train.py {RECIPES[name]}" in three[1]
+        assert f"llmtrain export runs/mpt-tiny-{name} runs/mpt-tiny-{name}/export" in three[2]
 
 
 def test_validation_loss_falls_clearly_below_the_unigram_entropy(checkout: Path, first: str) -> None:
@@ -64,7 +97,7 @@ def test_validation_loss_falls_clearly_below_the_unigram_entropy(checkout: Path,
 
 def test_it_shows_progress_rate_and_time_left(first: str) -> None:
     lines = [line for line in first.splitlines() if line.startswith("train       step")]
-    assert len(lines) >= 40
+    assert len(lines) == STEPS // 10
     assert all("loss" in line and "tokens/s" in line and "left" in line for line in lines)
 
 
@@ -78,7 +111,7 @@ def test_it_leaves_the_run_folder(checkout: Path, first: str) -> None:
         "export",
     }
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert (run / "checkpoints/latest").resolve().name == "ep0-ba560"
+    assert (run / "checkpoints/latest").resolve().name == f"ep0-ba{STEPS}"
 
 
 def test_it_prints_text_that_continues_the_prompts(first: str) -> None:
@@ -106,30 +139,34 @@ def test_the_export_opens_in_plain_transformers_and_writes_the_same_tokens(check
 
 
 @pytest.mark.parametrize("name", ["instruct", "chat"])
-def test_fine_tuning_lowers_the_loss_of_held_out_answers(checkout: Path, first: str, name: str) -> None:
+def test_fine_tuning_lowers_the_loss_of_held_out_answers(checkout: Path, tuned: dict[str, Finished], name: str) -> None:
     """Against the model that it starts from, on the same tokens."""
-    losses = read_metric(checkout / f"runs/mpt-tiny-{name}", "metrics/eval/LanguageCrossEntropy")
+    losses = tuned[name].metrics("metrics/eval/LanguageCrossEntropy")
     assert min(losses) == 0
     assert losses[max(losses)] < losses[0] - 0.7, losses
 
 
 @pytest.mark.parametrize("name", ["instruct", "chat"])
-def test_fine_tuning_shows_what_is_trained_and_what_it_learns(checkout: Path, first: str, name: str) -> None:
+def test_fine_tuning_shows_what_is_trained_and_what_it_learns(
+    checkout: Path, tuned: dict[str, Finished], name: str
+) -> None:
     run = checkout / f"runs/mpt-tiny-{name}"
     shown = (run / "first_batch.txt").read_text()
     assert shown.count("\nRow ") == 4  # of rank 0: half of the global batch
     # The console shows the first two rows, long spans without their middle.
     heads = [line for line in shown.partition("\n\nRow 3 of")[0].splitlines() if line.startswith(("Row", "  Example"))]
     assert len(heads) >= 4
-    assert [line for line in heads if line not in first] == []
+    assert [line for line in heads if line not in tuned[name].output] == []
     trained = [line for line in shown.splitlines() if line.startswith(" train | ")]
-    assert any(line in first for line in trained)
+    assert any(line in tuned[name].output for line in trained)
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     assert len({sample["step"] for sample in samples}) >= 2
 
 
 @pytest.mark.parametrize(("name", "marker"), [("instruct", "### Response:"), ("chat", "<|im_start|>assistant")])
-def test_plain_transformers_holds_a_conversation(checkout: Path, first: str, name: str, marker: str) -> None:
+def test_plain_transformers_holds_a_conversation(
+    checkout: Path, tuned: dict[str, Finished], name: str, marker: str
+) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     export = checkout / f"runs/mpt-tiny-{name}/export"
@@ -154,8 +191,8 @@ def test_plain_transformers_holds_a_conversation(checkout: Path, first: str, nam
 def test_nothing_that_is_done_is_done_again(checkout: Path, first: str) -> None:
     files = [path for path in checkout.rglob("*") if path.is_file() and not path.is_symlink()]
     before = {path: path.stat().st_mtime_ns for path in files}
-    again = make("train", checkout)
-    assert "mpt-tiny is complete at step 560" in again
+    again = make("train", checkout, f"OVERRIDES=max_duration={STEPS}ba")
+    assert f"mpt-tiny is complete at step {STEPS}" in again
     assert "already" in again
     assert {path: path.stat().st_mtime_ns for path in files} == before
 
