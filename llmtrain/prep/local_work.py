@@ -166,10 +166,12 @@ class LocalWork:
         """The file that holds a lock, open; closing it gives the lock up."""
         patient_until = time.monotonic() + _PATIENCE
         while True:
-            path.parent.mkdir(parents=True, exist_ok=True)
             try:
+                path.parent.mkdir(parents=True, exist_ok=True)
                 file = path.open("a+", encoding="utf-8")
-            except FileNotFoundError:  # the folder became the output, or went, this very moment
+            except (FileNotFoundError, FileExistsError):  # the folder became the output, or went, this very moment
+                if time.monotonic() > patient_until:
+                    raise
                 continue
             try:
                 fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)

@@ -1,0 +1,8 @@
+"""What the fork server imports once, so that no rank has to (see `llmtrain.testing.ranks.preload`)."""
+
+from composer.utils.collect_env import get_cpu_model
+
+import llmtrain.recipe.load
+import llmtrain.training.train  # noqa: F401
+
+get_cpu_model()  # Composer's Trainer asks for it, a process of its own and a second in each rank; it keeps the answer
