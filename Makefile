@@ -2,6 +2,7 @@
 # make twins     the same, and then: the tiny model learns to answer questions about Python's library, and to chat
 # make storywriter  the tiny model goes on learning, in windows of 65,536 tokens
 # make test      the tests that CI runs
+# make test-long the others: minutes each, or another case of what those show
 # make test-pip  the fast tests in the second environment: plain pip, torch 2.7.0
 PYTHON   ?= python3
 VENV     ?= .venv
@@ -13,7 +14,7 @@ TEST     ?=
 OVERRIDES ?=
 WORKERS  ?= 3
 
-.PHONY: setup train twins storywriter test test-pip lint clean
+.PHONY: setup train twins storywriter test test-long test-pip lint clean
 
 setup: $(VENV)/.ready
 
@@ -57,7 +58,10 @@ test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder $(TEST)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder -m 'not long' $(TEST)
+
+test-long: setup
+	$(BIN)/python -m pytest -n 2 --dist loadscope -m long $(TEST)
 
 $(VENV_PIP)/.ready: pyproject.toml
 	@test -x $(VENV_PIP)/bin/python || $(PYTHON) -m venv $(VENV_PIP)
@@ -67,7 +71,7 @@ $(VENV_PIP)/.ready: pyproject.toml
 # PYTHONSAFEPATH: what is installed is tested, not the checkout that stands in the working directory.
 test-pip: $(VENV_PIP)/.ready
 	$(VENV_PIP)/bin/python -m pip install -q --disable-pip-version-check --no-deps --force-reinstall .
-	PYTHONSAFEPATH=1 $(VENV_PIP)/bin/pytest -m 'not slow' $(TEST)
+	PYTHONSAFEPATH=1 $(VENV_PIP)/bin/pytest -m 'not slow and not long' $(TEST)
 
 lint: setup
 	$(BIN)/ruff check --fix .

@@ -21,7 +21,7 @@ def llmtrain(arguments: list[str], cwd: Path) -> subprocess.CompletedProcess[str
         cwd=cwd,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
 

@@ -74,7 +74,7 @@ class Run:
         for process in self.processes:
             process.start()
 
-    def wait_for(self, text: str, timeout: float = 120) -> None:
+    def wait_for(self, text: str, timeout: float = 600) -> None:
         """Returns when a rank has printed `text`.
 
         Raises:
@@ -97,7 +97,7 @@ class Run:
         """What was printed so far."""
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
-    def wait(self, timeout: float = 300) -> Finished:
+    def wait(self, timeout: float = 900) -> Finished:
         """Waits for the end; when a rank fails, the others are killed after ten seconds, as a launcher does.
 
         Raises:
@@ -117,7 +117,7 @@ class Run:
         return Finished(codes, self.output(), self.folder)
 
 
-def launch(recipe: Path, overrides: Sequence[str] = (), *, ranks: int = 1, cwd: Path, timeout: float = 300) -> Finished:
+def launch(recipe: Path, overrides: Sequence[str] = (), *, ranks: int = 1, cwd: Path, timeout: float = 900) -> Finished:
     """Trains `recipe` with `ranks` processes in the working directory `cwd`, and waits for the end.
 
     Raises:

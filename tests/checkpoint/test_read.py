@@ -238,7 +238,7 @@ def test_tensors_split_over_ranks_are_put_together(tmp_path: Path) -> None:
         """
     )
     ranks = [subprocess.Popen([sys.executable, "-c", script, str(rank), str(tmp_path)]) for rank in range(2)]
-    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    assert [rank.wait(timeout=600) for rank in ranks] == [0, 0]
     stored = ShardedTensors(tmp_path / "dcp")
     assert torch.equal(stored.read("rows"), torch.arange(35.0).view(7, 5))
     assert torch.equal(stored.read("columns"), torch.arange(12.0).view(3, 4))

@@ -468,7 +468,7 @@ def test_lengths_have_exact_moments_and_quantiles_within_a_percent():
 
 def run(*arguments):
     code = f"import sys; sys.argv = {['llmtrain', *map(str, arguments)]!r}; from llmtrain.cli import main; main()"
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
 
 
 def test_the_commands_exit_codes_and_light_imports(shards, tmp_path):

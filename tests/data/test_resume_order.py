@@ -190,7 +190,7 @@ def test_two_real_ranks_see_the_batches_of_one(loader, corpus, tmp_path):
         )
         for rank in "01"
     ]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    assert [process.wait(timeout=600) for process in processes] == [0, 0]
     ranks = [json.loads((tmp_path / f"ids{rank}").read_text()) for rank in "01"]
     two = [sorted(a + b) for a, b in zip(*ranks, strict=True)]
     full = len(one) - 1
@@ -236,7 +236,10 @@ def in_order(ranks, how):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["one folder", "random", "stratified", "per_stream"])
+@pytest.mark.parametrize(
+    "how",
+    ["random", "per_stream", *(pytest.param(how, marks=pytest.mark.long) for how in ("one folder", "stratified"))],
+)
 def test_real_ranks_read_the_same_order_and_resume_each_others_states(corpus, how):
     streams = {"a": {"local": str(corpus.train), "proportion": 3}, "b": {"local": str(corpus.val), "proportion": 1}}
     dataset = {"local": str(corpus.train)} if how == "one folder" else {"streams": streams, "batching_method": how}

@@ -71,7 +71,7 @@ def test_runs_that_fetch_the_same_shards_at_once(remote: Path, tmp_path: Path, t
     ]
     for made in processes:
         made.start()
-    found = [answers.get(timeout=120) for _ in processes]
+    found = [answers.get(timeout=600) for _ in processes]
     for made in processes:
         made.join(60)
     assert found == [""] * 5
@@ -110,7 +110,7 @@ def test_the_next_run_waits_until_the_workers_of_a_killed_one_are_gone(remote: P
     answers = context.Queue()
     run = context.Process(target=read_and_hang, args=(cache, answers))
     run.start()
-    answers.get(timeout=120)
+    answers.get(timeout=600)
     run.kill()
     run.join(60)
     assert numbers(build(**cache)) == list(range(ROWS))

@@ -70,7 +70,14 @@ def test_two_ranks_train_as_one_process(
     assert list(evaluated[0].values()) == pytest.approx(list(evaluated[1].values()), abs=near)
 
 
-@pytest.mark.parametrize(("adapters", "state_dict_type"), [(False, "sharded"), (True, "sharded"), (True, "full")])
+@pytest.mark.parametrize(
+    ("adapters", "state_dict_type"),
+    [
+        pytest.param(False, "sharded", marks=pytest.mark.long),
+        (True, "sharded"),
+        pytest.param(True, "full", marks=pytest.mark.long),
+    ],
+)
 def test_a_killed_run_continues_bit_for_bit(
     adapters: bool, state_dict_type: str, corpus: TinyCorpus, tmp_path: Path
 ) -> None:

@@ -8,7 +8,7 @@ from llmtrain.prep.in_threads import in_threads
 
 def test_results_come_in_order_and_not_all_at_once():
     begun = []
-    together = threading.Barrier(4, timeout=10)
+    together = threading.Barrier(4, timeout=60)
 
     def slow_at_first(n):
         begun.append(n)

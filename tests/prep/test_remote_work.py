@@ -387,7 +387,7 @@ def recipe(folder, keys, files, out):
 
 def prep(*arguments, **options):
     command = [*PREP, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, **options)
+    return subprocess.run(command, capture_output=True, text=True, timeout=900, check=False, **options)
 
 
 def files_of(folder):

@@ -76,7 +76,7 @@ def test_killed_at_twenty_random_moments(corpus, digest):
                 process.kill()
             process.wait()
             kills += 1
-            end = time.monotonic() + 10
+            end = time.monotonic() + 60
             while processes_of_group(process.pid):
                 assert time.monotonic() < end, "workers outlive their parent"
                 time.sleep(0.01)
@@ -132,7 +132,7 @@ os._exit(left == 10_000)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("older", [False, True])
+@pytest.mark.parametrize("older", [pytest.param(False, marks=pytest.mark.long), True])
 def test_killed_between_any_two_steps_of_publishing(corpus, digest, older):
     changes = {"partition_bytes": 500_000}
     expected = corpus.reference(**changes)
@@ -247,7 +247,7 @@ def test_a_second_process_is_refused(corpus, digest):
     expected = corpus.reference()
     with LocalWork(corpus.out).lock("output"):
         second = start(corpus.file(), stderr=subprocess.PIPE)
-        _, said = second.communicate(timeout=60)
+        _, said = second.communicate(timeout=300)
         assert second.returncode == 2
         assert f"another `llmtrain prep` is at work on {corpus.out} (process {os.getpid()} on " in said
         assert "Traceback" not in said

@@ -79,7 +79,7 @@ def test_workers_import_llmtrain_prep_alone(corpus, tmp_path):
         "import sys; sys.path.insert(0, '.'); import look; from llmtrain.prep.engines.spark import SparkEngine\n"
         "done = []; SparkEngine('local[2]').map(look.look, range(3), done.append); print(sum(done))"
     )
-    ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.split()[-1] == "21"
     assert [(tmp_path / f"seen-{number}").read_text() for number in range(3)] == ["[]"] * 3

@@ -71,7 +71,7 @@ def test_a_tiny_run(tmp_path: Path) -> None:
     out = tmp_path / "prep"
     command = [sys.executable, str(FOLDER / "prep.py"), "--sizes", "0.3:1", "0.6:1", "--vocab-size", "600"]
     command += ["--no-debian", "--work", str(tmp_path / "work"), "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr
     found = json.loads(out.with_suffix(".json").read_text())
     for size in ("0.3", "0.6"):

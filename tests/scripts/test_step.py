@@ -84,7 +84,7 @@ def test_a_small_run(tmp_path: Path) -> None:
     models = ["llmtrain", "transformers"]
     command = [sys.executable, "step.py", "--cases", "tiny:fp32:200", "--models", *models, "--rounds", "1"]
     command += ["--device", "cpu", "--out", str(out)]
-    done = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr
     found = json.loads(out.with_suffix(".json").read_text())["cases"]["tiny:fp32:200"]
     assert list(found["models"]) == models

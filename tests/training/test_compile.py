@@ -150,7 +150,7 @@ def test_documents_one_by_one_are_refused() -> None:
 
 @pytest.mark.slow
 @pytest.mark.gloo_training
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", [pytest.param("aot_eager", marks=pytest.mark.long), "inductor"])
 def test_a_sharded_run_with_checkpointing_is_the_uncompiled_one(
     backend: str, tmp_path: Path, corpus: TinyCorpus
 ) -> None:
@@ -169,7 +169,7 @@ def test_a_sharded_run_with_checkpointing_is_the_uncompiled_one(
             save_interval="4ba",
             compile_config={"backend": backend} if name == "compiled" else None,
         )
-        run = launch(recipe, ranks=2, cwd=tmp_path, timeout=500)
+        run = launch(recipe, ranks=2, cwd=tmp_path, timeout=1200)
         assert run.code == 0, run.output
         losses.append(run.metrics("loss/train/total"))
     assert losses[0].keys() == losses[1].keys()

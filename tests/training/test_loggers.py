@@ -85,7 +85,7 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_SILENT", "true")
     run(build(tmp_path, wandb={"project": "test", "tags": ["a"]}))
     (first,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while b"loss/train/total" not in first.read_bytes() and time.monotonic() < deadline:
         time.sleep(0.05)  # `wandb.finish` returns before W&B's own process has written everything
     log = first.read_bytes()

@@ -119,7 +119,7 @@ def test_all_strategies_and_numbers_of_ranks_train_the_same(corpus: TinyCorpus, 
     assert list(single.metrics(LOSS).values()) == pytest.approx(losses["full"], rel=1e-5), single.output
 
 
-@pytest.mark.parametrize("rank0_only", [False, True])
+@pytest.mark.parametrize("rank0_only", [pytest.param(False, marks=pytest.mark.long), True])
 def test_full_checkpoints_of_a_sharded_run_resume_bit_for_bit(
     rank0_only: bool, corpus: TinyCorpus, tmp_path: Path
 ) -> None:
@@ -188,7 +188,7 @@ def test_every_logger_and_callback_in_one_sharded_run(corpus: TinyCorpus, tmp_pa
 def test_metrics_do_not_depend_on_batch_size_or_ranks(corpus: TinyCorpus, tmp_path: Path) -> None:
     names = ("LanguageCrossEntropy", "LanguagePerplexity", "TokenAccuracy")
     values = []
-    for ranks, size in ((1, 1), (1, 5), (2, 1), (2, 4), (3, 1), (3, 7), (3, 1000)):  # at last, one short batch
+    for ranks, size in ((1, 1), (1, 5), (2, 4), (3, 7), (3, 1000)):  # at last, one short batch
         recipe = tiny_recipe(
             tmp_path / f"r{ranks}s{size}.yaml",
             corpus,
@@ -241,7 +241,7 @@ def test_two_nodes(corpus: TinyCorpus, tmp_path: Path) -> None:
                 [*base, *address, *script], cwd=tmp_path, env=launcher_environment(), stdout=log, stderr=log
             )
         )
-    codes = [node.wait(timeout=240) for node in nodes]
+    codes = [node.wait(timeout=900) for node in nodes]
     output = (tmp_path / "node0.log").read_text()
     assert codes == [0, 0], output + (tmp_path / "node1.log").read_text()
     assert "2 rank(s)" in output
