@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 
 from llmtrain.errors import UserError
 from llmtrain.hf_model.model import HFCausalLM
@@ -23,6 +24,9 @@ from llmtrain.recipe.recipe import CompileConfig
 VARIANTS = 64
 """Variants of the block that are kept: training, evaluation, other lengths, other kinds of masks. torch's own limit is
 8, and beyond it torch says nothing (or, with `fullgraph`, stops) and goes on uncompiled."""
+
+KEEPS_WHAT_IT_COMPILED = TorchVersion(torch.__version__) >= "2.11"
+"""Torch 2.7 compiles a block anew when an object that an earlier call took is gone, as each batch's attention is."""
 
 
 def compile_blocks(model: MPT | HFCausalLM, config: CompileConfig | None, device: torch.device) -> int:
@@ -76,6 +80,11 @@ def _check(model: nn.Module, config: CompileConfig, device: torch.device) -> Non
         )
     if not isinstance(model, MPT):
         return
+    if not KEEPS_WHAT_IT_COMPILED:
+        raise UserError(
+            f"compile_config: torch {torch.__version__} would compile MPT's blocks again for each batch; take torch 2.11 "
+            "or newer, or remove compile_config"
+        )
     attention = model.config.attn_config
     if device.type == "cpu" and attention.attn_uses_sequence_id and attention.attn_impl in ("sdpa", "torch", "triton"):
         raise UserError(

@@ -32,6 +32,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def s3():
+    pytest.importorskip("moto")
     with s3_server() as url:
         yield int(url.rpartition(":")[2])
 

@@ -26,6 +26,7 @@ from llmtrain.testing.remote import CuttingProxy, s3_server, sftp_server
 
 @pytest.fixture(scope="module")
 def s3():
+    pytest.importorskip("moto")
     with s3_server() as url:
         yield url
 

@@ -35,6 +35,7 @@ FILES = {
 
 @pytest.fixture(scope="module")
 def s3():
+    pytest.importorskip("moto")
     with s3_server() as url:
         yield url
 
@@ -305,6 +306,7 @@ def test_windows_paths_and_files_are_not_remote(tmp_path):
 
 
 def test_google_through_its_emulator(monkeypatch, tmp_path):
+    pytest.importorskip("gcp_storage_emulator")
     from gcp_storage_emulator.server import create_server
 
     with socket.socket() as free:

@@ -18,7 +18,11 @@ from llmtrain.testing.corpus import TinyCorpus
 from llmtrain.testing.launch import launch
 from llmtrain.testing.recipe import tiny_recipe
 from llmtrain.training import activation_checkpointing
-from llmtrain.training.compile import compile_blocks
+from llmtrain.training.compile import KEEPS_WHAT_IT_COMPILED, compile_blocks
+
+pytestmark = pytest.mark.skipif(
+    not KEEPS_WHAT_IT_COMPILED, reason=f"torch {torch.__version__}: compile_config is refused"
+)
 
 CPU = torch.device("cpu")
 
@@ -92,6 +96,12 @@ def test_compiled_is_plain(attention: str, checkpointing: str) -> None:
             before = graphs()
     assert graphs() == before
     assert compiled.state_dict().keys() == plain.state_dict().keys()
+
+
+def test_a_torch_that_compiles_for_each_batch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmtrain.training.compile.KEEPS_WHAT_IT_COMPILED", False)
+    with pytest.raises(UserError, match=r"compile_config: torch .* again for each batch; take torch 2\.11"):
+        model(compiled="aot_eager")
 
 
 def test_selective_checkpointing_compiles() -> None:

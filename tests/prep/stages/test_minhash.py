@@ -13,6 +13,8 @@ from llmtrain.prep.stages.config import MinHashDedup
 from llmtrain.prep.stages.words import words
 from tests.prep.stages.passing import carry_out, judged, numbered
 
+pytest.importorskip("rensa", reason="the extra [quality] is not installed")
+
 STAGE = MinHashDedup(name="minhash_dedup")
 TEXTS = [text for _, text in sorted(topics.items()) if len(text.split()) >= 150]  # chapters of Python's reference
 
