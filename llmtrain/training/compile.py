@@ -82,8 +82,8 @@ def _check(model: nn.Module, config: CompileConfig, device: torch.device) -> Non
         return
     if not KEEPS_WHAT_IT_COMPILED:
         raise UserError(
-            f"compile_config: torch {torch.__version__} would compile MPT's blocks again for each batch; take torch 2.11 "
-            "or newer, or remove compile_config"
+            f"compile_config: torch {torch.__version__} would compile MPT's blocks again for each batch; take torch "
+            "2.11 or newer, or remove compile_config"
         )
     attention = model.config.attn_config
     if device.type == "cpu" and attention.attn_uses_sequence_id and attention.attn_impl in ("sdpa", "torch", "triton"):
