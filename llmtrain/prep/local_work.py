@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import itertools
 import logging
 import os
 import shutil
@@ -25,6 +26,8 @@ _LOCKS, _TEMPORARY = "locks", "tmp"
 _SECONDS_BETWEEN_TRIES = 0.1
 _PATIENCE = 2.0
 """Seconds. Who gives a shared lock up has it alone for a moment, and must not turn away who comes just then."""
+_TRIES = 1000
+"""In a row, to make a file with its folders while others remove them; more is no coincidence."""
 
 
 class LocalWork:
@@ -166,13 +169,7 @@ class LocalWork:
         """The file that holds a lock, open; closing it gives the lock up."""
         patient_until = time.monotonic() + _PATIENCE
         while True:
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                file = path.open("a+", encoding="utf-8")
-            except (FileNotFoundError, FileExistsError):  # the folder became the output, or went, this very moment
-                if time.monotonic() > patient_until:
-                    raise
-                continue
+            file = _opened(path)
             try:
                 fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             except OSError as problem:
@@ -194,6 +191,18 @@ class LocalWork:
                 file.flush()
                 return file
             file.close()  # it went, with the folder that it lay in, before it was locked
+
+
+def _opened(path: Path) -> IO[str]:
+    """A file to append to, made with its folders; those become the output, or go, at any moment."""
+    tries = itertools.count(1)
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return path.open("a+", encoding="utf-8")
+        except (FileNotFoundError, FileExistsError):
+            if next(tries) >= _TRIES:
+                raise
 
 
 def _read(path: Path) -> bytes | None:

@@ -203,3 +203,25 @@ def test_ranks_that_come_and_go_do_not_turn_each_other_away(tmp_path):
     with ThreadPoolExecutor(8) as pool:
         for done in [pool.submit(come_and_go) for _ in range(8)]:
             done.result()
+
+
+@pytest.mark.parametrize("problem", [FileNotFoundError, FileExistsError])
+def test_folders_that_go_are_made_again_however_long_a_rank_has_waited(tmp_path, monkeypatch, problem):
+    mkdir, problems = Path.mkdir, [problem()]
+
+    def gone_once(*args, **kwargs) -> None:
+        if problems:
+            raise problems.pop()
+        mkdir(*args, **kwargs)
+
+    monkeypatch.setattr(Path, "mkdir", gone_once)
+    monkeypatch.setattr("llmtrain.prep.local_work._PATIENCE", -1.0)  # over before it begins
+    with LocalWork(tmp_path / "out").lock("output", wait=True):
+        assert not problems
+
+
+def test_folders_that_cannot_be_made_are_an_error(tmp_path):
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial/.work").write_text("")
+    with pytest.raises((UserError, OSError), match=r"\.work"), LocalWork(tmp_path / "out").lock("output"):
+        pass
