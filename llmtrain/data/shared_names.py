@@ -66,19 +66,18 @@ class Untracked(SharedMemory):  # type: ignore[misc]
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        register, resource_tracker.register = resource_tracker.register, lambda *_: None
         give_up = time.monotonic() + _PATIENCE
-        try:
-            while True:
-                try:
-                    super().__init__(*args, **kwargs)
-                    return
-                except ValueError:  # an empty file cannot be mapped
-                    if time.monotonic() > give_up:
-                        raise
-                time.sleep(0.005)
-        finally:
-            resource_tracker.register = register
+        while True:
+            register, resource_tracker.register = resource_tracker.register, lambda *_: None
+            try:
+                super().__init__(*args, **kwargs)
+                return
+            except ValueError:  # an empty file cannot be mapped
+                if time.monotonic() > give_up:
+                    raise
+            finally:
+                resource_tracker.register = register
+            time.sleep(0.005)
 
     def __reduce__(self) -> Any:
         return Untracked, (self.shm.name, False)  # in a worker that is not forked
