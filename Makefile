@@ -10,7 +10,7 @@ VENV_PIP ?= .venv-pip
 BIN      := $(VENV)/bin
 RANKS    ?= 2
 TEST     ?=
-# Of the training recipes, for a quick look: make train OVERRIDES=max_duration=100ba
+# Of the recipes of train and twins, for a quick look: make train OVERRIDES=max_duration=100ba
 OVERRIDES ?=
 WORKERS  ?= 3
 
@@ -29,7 +29,7 @@ train: setup
 	$(BIN)/llmtrain prep data_prep/tiny.yaml
 	@echo "train       starting $(RANKS) ranks; they import for half a minute"
 	$(BIN)/composer -n $(RANKS) train.py yamls/mpt-tiny.yaml $(OVERRIDES)
-	$(BIN)/llmtrain export runs/mpt-tiny runs/mpt-tiny/export
+	$(BIN)/llmtrain export runs/mpt-tiny runs/mpt-tiny/export --overwrite
 	$(BIN)/llmtrain generate runs/mpt-tiny/export --prompt 'def __init__(self' --prompt 'The "with" statement' --prompt 'import os' --max-new-tokens 48 --temperature 0.6
 	@echo "loss curve  runs/mpt-tiny/loss.png"
 
@@ -37,10 +37,10 @@ train: setup
 twins: train
 	$(BIN)/llmtrain prep data_prep/tiny-instruct.yaml
 	$(BIN)/composer -n $(RANKS) train.py yamls/mpt-tiny-instruct.yaml $(OVERRIDES)
-	$(BIN)/llmtrain export runs/mpt-tiny-instruct runs/mpt-tiny-instruct/export
+	$(BIN)/llmtrain export runs/mpt-tiny-instruct runs/mpt-tiny-instruct/export --overwrite
 	$(BIN)/llmtrain prep data_prep/tiny-chat.yaml
 	$(BIN)/composer -n $(RANKS) train.py yamls/mpt-tiny-chat.yaml $(OVERRIDES)
-	$(BIN)/llmtrain export runs/mpt-tiny-chat runs/mpt-tiny-chat/export
+	$(BIN)/llmtrain export runs/mpt-tiny-chat runs/mpt-tiny-chat/export --overwrite
 	printf '%s\n' 'What is `argparse.ArgumentParser`?' '>>> 2 + 3' | $(BIN)/llmtrain chat runs/mpt-tiny-chat/export --temperature 0 --max-new-tokens 48
 	@echo "loss curves runs/mpt-tiny-instruct/loss.png runs/mpt-tiny-chat/loss.png"
 
@@ -71,7 +71,7 @@ $(VENV_PIP)/.ready: pyproject.toml
 # PYTHONSAFEPATH: what is installed is tested, not the checkout that stands in the working directory.
 test-pip: $(VENV_PIP)/.ready
 	$(VENV_PIP)/bin/python -m pip install -q --disable-pip-version-check --no-deps --force-reinstall .
-	PYTHONSAFEPATH=1 $(VENV_PIP)/bin/pytest -m 'not slow and not long' $(TEST)
+	PYTHONSAFEPATH=1 $(VENV_PIP)/bin/pytest -m 'not slow' $(TEST)
 
 lint: setup
 	$(BIN)/ruff check --fix .
