@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import torch
 
 from llmtrain.testing.corpus import TinyCorpus, tiny_corpus
 from llmtrain.testing.ranks import GLOO_AVERAGES_GRADIENTS
+from llmtrain.testing.remote import s3_server
 
 torch.set_num_threads(1)
 
@@ -61,6 +63,14 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "raw.json").unlink()
     fast.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    """URL of an S3 endpoint that is empty where a module begins."""
+    pytest.importorskip("moto")
+    with s3_server() as url:
+        yield url
 
 
 @pytest.fixture(scope="session")

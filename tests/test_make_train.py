@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,8 @@ ASKED = [
 ]
 STEPS = 280
 RECIPES = {"instruct": "yamls/mpt-tiny-instruct.yaml", "chat": "yamls/mpt-tiny-chat.yaml"}
-MARKERS = {"instruct": "### Response:", "chat": "<|im_start|>assistant"}
+BEFORE_AN_ANSWER = {"instruct": "### Response:", "chat": "<|im_start|>assistant"}
+ROWS = {"instruct": 4096, "chat": 4224}  # of the embedding: chat's is grown, to a multiple of 128
 
 
 def make(target: str, folder: Path, *options: str) -> str:
@@ -170,7 +172,8 @@ def test_fine_tuning_shows_what_is_trained_and_what_it_learns(begun: dict[str, F
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_plain_transformers_holds_a_conversation(begun: dict[str, Finished], name: str) -> None:
-    assert 0 < len(ask(begun[name], ASKED[0], MARKERS[name])[0]) <= 100
+    answer, _ = next(answers(begun[name], name))
+    assert 0 < len(answer) <= 100
 
 
 @pytest.mark.long
@@ -185,26 +188,27 @@ def test_fine_tuning_lowers_the_loss_of_held_out_answers(tuned: dict[str, Finish
 @pytest.mark.long
 @pytest.mark.parametrize("name", RECIPES)
 def test_fine_tuned_models_end_their_answers(tuned: dict[str, Finished], name: str) -> None:
-    ended = sum(ask(tuned[name], function, MARKERS[name])[1] for function in ASKED)
+    ended = sum(came_to_an_end for _, came_to_an_end in answers(tuned[name], name))
     # So small a model repeats itself on some; one that has not learned to stop does so on all.
     assert ended >= len(ASKED) / 2
 
 
-def ask(run: Finished, function: str, marker: str) -> tuple[list[int], bool]:
-    """Plain transformers' answer to a question, and whether it came to an end within 100 tokens."""
+def answers(run: Finished, name: str) -> Iterator[tuple[list[int], bool]]:
+    """What plain transformers answers to each question, and whether it came to an end within 100 tokens."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(run.folder / "export", trust_remote_code=False)
     model = AutoModelForCausalLM.from_pretrained(run.folder / "export", trust_remote_code=False).eval()
-    assert model.config.vocab_size == (4224 if "chat" in run.folder.name else 4096)  # grown, a multiple of 128
-    question = [{"role": "user", "content": f"What does `{function}` do?"}]
-    text = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
-    assert text.rstrip().endswith(marker)
-    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
-    with torch.no_grad():
-        answer = model.generate(ids, max_new_tokens=100, do_sample=False)[0, ids.shape[1] :].tolist()
+    assert model.config.vocab_size == ROWS[name]
     stops = (tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>"))
-    return answer, len(answer) < 100 and answer[-1] in stops
+    for function in ASKED:
+        question = [{"role": "user", "content": f"What does `{function}` do?"}]
+        text = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+        assert text.rstrip().endswith(BEFORE_AN_ANSWER[name])
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            answer = model.generate(ids, max_new_tokens=100, do_sample=False)[0, ids.shape[1] :].tolist()
+        yield answer, len(answer) < 100 and answer[-1] in stops
 
 
 def test_nothing_that_is_done_is_done_again(checkout: Path, first: str) -> None:
@@ -238,7 +242,7 @@ def test_ctrl_c_stops_the_launcher_and_the_run_continues(checkout: Path, first: 
     """SIGTERM to the real launcher, as a scheduler sends it."""
     from llmtrain.testing.launch import launcher_command
 
-    overrides = ["max_duration=20ba", "run_name=stopped", "console_log_interval=1ba", "eval_first=false"]
+    overrides = ["max_duration=30ba", "run_name=stopped", "console_log_interval=1ba", "eval_first=false"]
     command = launcher_command(checkout / "yamls/mpt-tiny.yaml", overrides, ranks=2)
     process = subprocess.Popen(
         command, cwd=checkout, env=launcher_environment(), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True

@@ -12,7 +12,7 @@ from llmtrain.data import guarded_streaming
 from llmtrain.data.guarded_streaming import ShardError
 from llmtrain.errors import UserError
 from llmtrain.prep.mds import ShardWriter
-from llmtrain.testing.remote import CuttingProxy, s3_server, sftp_server
+from llmtrain.testing.remote import CuttingProxy, sftp_server
 
 N, LENGTH = 2000, 32
 SHARD = 11_000  # bytes at most, compressed and decompressed
@@ -30,13 +30,6 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def s3():
-    pytest.importorskip("moto")
-    with s3_server() as url:
-        yield int(url.rpartition(":")[2])
-
-
 @pytest.fixture
 def remote(request, monkeypatch, tmp_path, folder):
     """Makes the shards' URL, for a server behind a proxy that cuts connections."""
@@ -44,7 +37,7 @@ def remote(request, monkeypatch, tmp_path, folder):
     stack = []
 
     def open_s3(**cut):
-        port = request.getfixturevalue("s3")
+        port = int(request.getfixturevalue("s3").rpartition(":")[2])
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", "me")
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s3cret")
         monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")

@@ -156,7 +156,7 @@ def test_the_next_run_removes_what_a_killed_one_left_and_nothing_of_a_living_one
     living = build(corpus)
     dead = [killed(corpus, workers) for _ in range(2)]
     before = files_of(number(living))
-    give_up = time.monotonic() + 300
+    give_up = time.monotonic() + 60
     while files_of(*dead):  # its workers may be dying still
         assert time.monotonic() < give_up
         assert sum(1 for _ in build(corpus)) > 1

@@ -23,7 +23,6 @@ from llmtrain.prep.documents import whole
 from llmtrain.prep.inputs import input_bytes, input_files, pieces_of
 from llmtrain.prep.plan import Piece
 from llmtrain.prep.readers import BadInput, lines, read_piece
-from llmtrain.testing.remote import s3_server
 
 HUGE = 1 << 40
 
@@ -272,37 +271,35 @@ def test_only_what_is_read_is_imported(tmp_path):
     assert done.stdout.strip() == "[]"
 
 
-def test_pieces_of_remote_files_are_those_of_local_ones(tmp_path, monkeypatch):
+def test_pieces_of_remote_files_are_those_of_local_ones(s3, tmp_path, monkeypatch):
     lines_ = jsonl(tmp_path / "in/a.jsonl", [f"text {i} é" * 9 for i in range(300)]).read_bytes()
     (tmp_path / "in/a.jsonl").write_bytes(lines_ + b"{bad\n")
     (tmp_path / "in/b.jsonl.gz").write_bytes(gzip.compress(lines_))
     (tmp_path / "in/c.txt").write_text("word " * 500_000)
     table = pyarrow.table({"text": [f"row {i}" * 20 for i in range(300)]})
     pyarrow.parquet.write_table(table, tmp_path / "in/d.parquet", row_group_size=50)
-    pytest.importorskip("moto")
-    with s3_server() as endpoint:
-        for name, value in {
-            "AWS_ACCESS_KEY_ID": "me",
-            "AWS_SECRET_ACCESS_KEY": "s3cret",
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_ENDPOINT_URL": endpoint,
-        }.items():
-            monkeypatch.setenv(name, value)
-        client = boto3.client("s3")
-        client.create_bucket(Bucket="bucket")
-        for path in (tmp_path / "in").iterdir():
-            client.upload_file(str(path), "bucket", f"in/{path.name}")
-        found = {}
-        for place in (str(tmp_path), "s3://bucket"):
-            source = SourceConfig(name="s", files=[f"{place}/in/*"])
-            bad = BadInput("skip")
-            pieces = pieces_of(source, 5_000)
-            documents = [document for piece in pieces for document in read_piece(source, piece, bad)]
-            places = [doc.place.removeprefix(place) for doc in documents]
-            named = [where.removeprefix(place) for where, _ in bad.first]
-            found[place] = [doc._replace(place="") for doc in documents], places, named, len(pieces)
-            capped = source.model_copy(update={"max_documents": 350})
-            assert sum(piece.max_documents or 0 for piece in pieces_of(capped, 5_000, "skip")) == 50
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "me",
+        "AWS_SECRET_ACCESS_KEY": "s3cret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": s3,
+    }.items():
+        monkeypatch.setenv(name, value)
+    client = boto3.client("s3")
+    client.create_bucket(Bucket="bucket")
+    for path in (tmp_path / "in").iterdir():
+        client.upload_file(str(path), "bucket", f"in/{path.name}")
+    found = {}
+    for place in (str(tmp_path), "s3://bucket"):
+        source = SourceConfig(name="s", files=[f"{place}/in/*"])
+        bad = BadInput("skip")
+        pieces = pieces_of(source, 5_000)
+        documents = [document for piece in pieces for document in read_piece(source, piece, bad)]
+        places = [doc.place.removeprefix(place) for doc in documents]
+        named = [where.removeprefix(place) for where, _ in bad.first]
+        found[place] = [doc._replace(place="") for doc in documents], places, named, len(pieces)
+        capped = source.model_copy(update={"max_documents": 350})
+        assert sum(piece.max_documents or 0 for piece in pieces_of(capped, 5_000, "skip")) == 50
     local, remote = found.values()
     assert remote == local
     assert local[2] == ["/in/a.jsonl, line 301"]

@@ -21,14 +21,7 @@ from llmtrain.prep.remote_work import RemoteWork
 from llmtrain.prep.scratch import scratch_folder
 from llmtrain.prep.stores import retry
 from llmtrain.prep.stores.open import open_store
-from llmtrain.testing.remote import CuttingProxy, s3_server, sftp_server
-
-
-@pytest.fixture(scope="module")
-def s3():
-    pytest.importorskip("moto")
-    with s3_server() as url:
-        yield url
+from llmtrain.testing.remote import CuttingProxy, sftp_server
 
 
 @pytest.fixture(autouse=True)

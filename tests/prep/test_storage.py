@@ -20,7 +20,7 @@ from llmtrain.prep.readers.files import opened
 from llmtrain.prep.remote_work import RemoteWork
 from llmtrain.prep.stores import retry
 from llmtrain.prep.stores.open import open_store
-from llmtrain.testing.remote import CuttingProxy, s3_server, sftp_server
+from llmtrain.testing.remote import CuttingProxy, sftp_server
 
 FILES = {
     "corpus/a.jsonl": b"a\n",
@@ -31,13 +31,6 @@ FILES = {
     "corpus/more/.git/e.jsonl": b"e",
     "corpus-2/a.jsonl": b"2",
 }
-
-
-@pytest.fixture(scope="module")
-def s3():
-    pytest.importorskip("moto")
-    with s3_server() as url:
-        yield url
 
 
 @pytest.fixture(autouse=True)

@@ -188,7 +188,7 @@ def test_every_logger_and_callback_in_one_sharded_run(corpus: TinyCorpus, tmp_pa
 def test_metrics_do_not_depend_on_batch_size_or_ranks(corpus: TinyCorpus, tmp_path: Path) -> None:
     names = ("LanguageCrossEntropy", "LanguagePerplexity", "TokenAccuracy")
     values = []
-    for ranks, size in ((1, 1), (1, 5), (2, 4), (3, 7), (3, 1000)):  # at last, one short batch
+    for ranks, size in ((1, 1), (1, 5), (2, 1), (2, 4), (3, 1), (3, 7), (3, 1000)):  # at last, one short batch
         recipe = tiny_recipe(
             tmp_path / f"r{ranks}s{size}.yaml",
             corpus,

@@ -272,9 +272,7 @@ for number, _ in enumerate(tokenize_many.tokenized(iter([("", str(n)) for n in r
 
 def test_processes_of_a_killed_run_end_too(tmp_path):
     """They have its lock: the next run would wait for them for ever."""
-    killed = subprocess.run(
-        [sys.executable, "-c", ORPHANS], stdout=subprocess.PIPE, text=True, timeout=600, check=False
-    )
+    killed = subprocess.run([sys.executable, "-c", ORPHANS], stdout=subprocess.PIPE, text=True, timeout=60, check=False)
     # `run` returns when the last process that has its standard output is gone.
     assert killed.returncode == -signal.SIGKILL
     assert len(set(killed.stdout.split())) == 2
