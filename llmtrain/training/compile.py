@@ -26,7 +26,8 @@ VARIANTS = 64
 8, and beyond it torch says nothing (or, with `fullgraph`, stops) and goes on uncompiled."""
 
 KEEPS_WHAT_IT_COMPILED = TorchVersion(torch.__version__) >= "2.11"
-"""Torch 2.7 compiles a block anew when an object that an earlier call took is gone, as each batch's attention is."""
+"""Torch 2.7 compiles a block anew when an object that an earlier call took is gone, as each batch's attention is; 2.11
+does not (versions between were not tried)."""
 
 
 def compile_blocks(model: MPT | HFCausalLM, config: CompileConfig | None, device: torch.device) -> int:
