@@ -181,7 +181,7 @@ def _how(facts: CardFacts, layout: Described | None, *, with_code: bool, base: s
         lines.append("tokenizer = AutoTokenizer.from_pretrained(place)")
     text = "```python\n" + "\n".join(lines) + "\n```\n"
     if with_code and layout is not None:
-        text += f"\nIt needs `trust_remote_code=True`, and with it runs the Python file beside the weights: {layout.reason}\n"
+        text += f"\nIt needs `trust_remote_code=True`, which runs the Python file beside the weights: {layout.reason}\n"
     elif layout is not None and layout.reason:
         text += f"\nIt is written in the {layout.name.capitalize()} layout of transformers: {layout.reason}\n"
     if not facts.tokenizer:
