@@ -16,11 +16,11 @@ def _as_list(value: Any) -> Any:
 
 
 class TextFilesLoader(Config):
-    """Plain text to evaluate on, tokenized by each model's own tokenizer. (llmtrain's own.)"""
+    """Plain text to evaluate on, tokenized by each model's own tokenizer. llmtrain's own."""
 
     name: Literal["text_files"]
     """Which loader."""
-    files: Annotated[tuple[str, ...], BeforeValidator(_as_list), Field(min_length=1)]
+    files: Annotated[tuple[str, ...], BeforeValidator(_as_list)]
     """Files, folders (every file below that is text), or patterns: `.txt` and other text is a document a file, `.jsonl`
     and `.parquet` a document a row."""
     text_column: str = "text"
@@ -85,10 +85,10 @@ class EvalRecipe(Config):
         "models.*.num_beams": "Beam search is not supported. Remove it.",
     }
 
-    models: tuple[ModelToEvaluate, ...] = Field(min_length=1)
+    models: tuple[ModelToEvaluate, ...]
     """The models, each a column of the table. One alone may stand at the top instead: `model`, `tokenizer`,
     `load_path`, `model_name`."""
-    max_seq_len: Annotated[tuple[PositiveInt, ...], BeforeValidator(_as_list), Field(min_length=1)]
+    max_seq_len: Annotated[tuple[PositiveInt, ...], BeforeValidator(_as_list)]
     """Tokens in a window; a list evaluates the same text at several lengths. (llm-foundry takes one number.)"""
     device_eval_batch_size: PositiveInt | None = None
     """Samples of one forward on one device. Does not change the results but for rounding."""
@@ -155,6 +155,13 @@ class EvalRecipe(Config):
     def _is_a_file_name(cls, value: str) -> str:
         if value and (value.startswith(".") or value.strip() != value or any(sign in value for sign in "/\\{}")):
             raise ValueError("It names files: no slashes, braces, blanks around it or dot at its start.")
+        return value
+
+    @field_validator("models", "max_seq_len")
+    @classmethod
+    def _at_least_one(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
+        if not value:
+            raise ValueError("It is empty: give at least one.")
         return value
 
     @model_validator(mode="after")
