@@ -78,10 +78,11 @@ def general_output(
     correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
 
     losses: list[Tensor] = []
+    founds: list[Tensor] = []
 
     def of_chunk(h: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits = logits_of(h).to(wide)
-        found = (logits.detach().argmax(-1) == y).sum() if count else correct.new_zeros(())
+        found = logits.detach().argmax(-1) == y if count else torch.zeros_like(y, dtype=torch.bool)
         each = F.cross_entropy(logits, y, ignore_index=IGNORED, reduction="none")
         return each.sum(), found, each.detach()
 
@@ -89,9 +90,11 @@ def general_output(
         chunk = slice(start, start + size)
         part, found, each = checkpoint(of_chunk, rows[chunk], targets[chunk], use_reentrant=False)
         loss_sum = loss_sum + part
-        correct = correct + found
+        correct = correct + found.sum()
         losses.append(each)
+        founds.append(found)
     n_targets = (targets != IGNORED).sum()
     by_token = torch.cat(losses).view(shape) if token_losses else None
+    right = torch.cat(founds).view(shape) if token_losses and count else None
     mean = loss_sum / n_targets.clamp(min=1)
-    return MPTOutput(None, mean, loss_sum, n_targets, correct if count else None, by_token)
+    return MPTOutput(None, mean, loss_sum, n_targets, correct if count else None, by_token, right)

@@ -35,6 +35,9 @@ class TokenLoss(NamedTuple):
     token_losses: Tensor | None = None
     """-log p(target) of each target, in the shape of the targets, 0 where ignored; not differentiable; None when not
     asked for."""
+    token_correct: Tensor | None = None
+    """Whether each target has the largest logit, bool in the shape of the targets, False where ignored; None unless
+    both the number and each target's loss are asked for."""
 
 
 def shift(labels: Tensor) -> Tensor:
@@ -86,14 +89,16 @@ def chunked_cross_entropy(
     rows = rows_in_a_chunk(len(targets), weight.shape[0], weight.shape[1], chunk_bytes)
     how = _Settings(rows, dtype, softcap, count_correct, per_token)
     with torch.autocast(kind, enabled=False):
-        loss_sum, n_correct, token_losses = _ChunkedCrossEntropy.apply(
-            hidden, weight, targets, how, torch.is_grad_enabled()
-        )
-    if token_losses is not None:
-        if counted is not None:
-            token_losses = token_losses.new_zeros(shape.numel()).index_copy_(0, counted, token_losses)
-        token_losses = token_losses.view(shape)
-    return TokenLoss(loss_sum, n_targets, n_correct, token_losses)
+        loss_sum, n_correct, *each = _ChunkedCrossEntropy.apply(hidden, weight, targets, how, torch.is_grad_enabled())
+    token_losses, token_correct = (_at_targets(values, counted, shape) for values in each)
+    return TokenLoss(loss_sum, n_targets, n_correct, token_losses, token_correct)
+
+
+def _at_targets(values: Tensor | None, counted: Tensor | None, shape: torch.Size) -> Tensor | None:
+    """Values of the targets that were counted, in the shape of all targets, 0 elsewhere."""
+    if values is not None and counted is not None:
+        values = values.new_zeros(shape.numel()).index_copy_(0, counted, values)
+    return None if values is None else values.view(shape)
 
 
 def default_chunk_bytes(vocab_size: int, d_model: int) -> int:
@@ -129,6 +134,7 @@ class _Sums(NamedTuple):
     loss: Tensor
     n_correct: Tensor | None
     token_losses: Tensor | None
+    token_correct: Tensor | None
 
 
 def _forward_and_grads(
@@ -141,6 +147,9 @@ def _forward_and_grads(
         torch.zeros((), dtype=wide, device=hidden.device),
         torch.zeros((), dtype=torch.int64, device=hidden.device) if how.count_correct else None,
         torch.empty(len(targets), dtype=wide, device=hidden.device) if how.per_token else None,
+        torch.empty(len(targets), dtype=torch.bool, device=hidden.device)
+        if how.per_token and how.count_correct
+        else None,
     )
     grad_hidden = torch.zeros_like(hidden) if want[0] else None
     grad_weight: Tensor | None = None
@@ -180,7 +189,10 @@ def _to_gradient(logits: Tensor, y: Tensor, softcap: float | None, place: int, s
         slope = 1 - x * x
         x.mul_(softcap)
     if sums.n_correct is not None:
-        sums.n_correct.add_((x.argmax(-1) == y).sum())
+        correct = x.argmax(-1) == y
+        sums.n_correct.add_(correct.sum())
+        if sums.token_correct is not None:
+            sums.token_correct[place : place + len(y)] = correct
     p = torch.log_softmax(x, dim=-1, dtype=wide)
     at = (torch.arange(len(y), device=y.device), y.clamp(min=0))
     losses = p[at].neg_().masked_fill_(y == IGNORED, 0)
@@ -212,14 +224,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, how: _Settings, grad_enabled: bool
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         want = (grad_enabled and ctx.needs_input_grad[0], grad_enabled and ctx.needs_input_grad[1])
-        (loss, correct, token_losses), ctx.grads = _forward_and_grads(hidden, weight, targets, how, want)
+        (loss, *others), ctx.grads = _forward_and_grads(hidden, weight, targets, how, want)
         if any(want):
             ctx.save_for_backward(hidden, weight, targets)
             ctx.settings = (_Settings(how.rows, how.dtype, how.softcap), want)
-        ctx.mark_non_differentiable(*(t for t in (correct, token_losses) if t is not None))
-        return loss, correct, token_losses
+        ctx.mark_non_differentiable(*(t for t in others if t is not None))
+        return loss, *others  # type: ignore[return-value]
 
     @staticmethod
     @once_differentiable

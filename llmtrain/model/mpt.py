@@ -44,6 +44,9 @@ class MPTOutput(NamedTuple):
     token_losses: Tensor | None = None
     """(batch, T), when asked for: at t the loss of predicting token t + 1, 0 where ignored; not differentiable. Whole
     under sequence parallelism as well, where the sums are of this rank's slice."""
+    token_correct: Tensor | None = None
+    """(batch, T) bool, beside `token_losses` in evaluation mode: at t whether token t + 1 had the largest logit, False
+    where ignored. None under sequence parallelism."""
 
 
 class LMHead(nn.Linear):
@@ -295,6 +298,7 @@ class MPT(nn.Module):
         return out._replace(
             loss=out.loss_sum * ranks.degree / (targets != IGNORED).sum().clamp(min=1),
             token_losses=None if each is None else ranks.gathered(each, targets.shape[1]),
+            token_correct=None,
         )
 
     def _output(self, hidden: Tensor, targets: Tensor | None, token_losses: bool) -> MPTOutput:

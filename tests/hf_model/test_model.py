@@ -56,6 +56,7 @@ def test_loss_gradients_and_counts_are_transformers_own(architecture: str, model
     torch.testing.assert_close(found.token_losses, F.pad(each.detach(), (0, 1)), rtol=1e-4, atol=1e-5)
     assert found.n_targets == counted.sum()
     assert found.n_correct == (logits.argmax(-1) == labels[:, 1:])[counted].sum()
+    torch.testing.assert_close(found.token_correct, F.pad((logits.argmax(-1) == labels[:, 1:]) & counted, (0, 1)))
     assert found.logits is None
     torch.testing.assert_close(ours(ids).logits, expected.logits, rtol=1e-5, atol=1e-5)
     found.loss.backward()

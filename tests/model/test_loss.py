@@ -66,6 +66,7 @@ def test_equals_cross_entropy(
     assert loss.n_targets.dtype == torch.int64
     assert loss.n_targets == (targets != IGNORED).sum()
     assert loss.n_correct == (logits.argmax(-1) == targets).sum()
+    torch.testing.assert_close(loss.token_correct, logits.argmax(-1) == targets)
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
@@ -151,8 +152,11 @@ def test_what_stands_in_ignored_rows_does_not_matter() -> None:
 def test_losses_of_tokens_stand_where_the_targets_do(ignored: int) -> None:
     hidden, weight, targets = problem(20, 10, 4, [True] * ignored, 12)
     each = F.cross_entropy(hidden @ weight.T, targets, reduction="none").view(4, 5)
-    loss = chunked_cross_entropy(hidden.view(4, 5, 4), weight, targets.view(4, 5), chunk_bytes=120, per_token=True)
+    loss = chunked_cross_entropy(
+        hidden.view(4, 5, 4), weight, targets.view(4, 5), chunk_bytes=120, per_token=True, count_correct=True
+    )
     torch.testing.assert_close(loss.token_losses, each.detach())
+    torch.testing.assert_close(loss.token_correct, ((hidden @ weight.T).argmax(-1) == targets).view(4, 5))
     assert loss.token_losses is not None
     assert not loss.token_losses.requires_grad
     torch.testing.assert_close(loss.token_losses.sum(), loss.loss_sum.detach())
