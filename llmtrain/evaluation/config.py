@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from llmtrain.config.base import Config, mistake
+from llmtrain.evaluation.icl.config import Gauntlet, ICLConfig, Tasks, refuse_repeated
 from llmtrain.recipe.recipe import FinetuningEvalLoader, ModelConfig, TextEvalLoader
 from llmtrain.tokenizer import TokenizerConfig
 from llmtrain.training.fsdp import FSDPConfig
@@ -108,11 +109,13 @@ class EvalRecipe(Config):
     """Tokens of each loader's text, from its beginning; all when left out. (llmtrain's own.)"""
 
     # Tasks
-    icl_tasks: Any = None
+    icl_tasks: Tasks = ()
     """llm-foundry's tasks: a list, or the path of a YAML file with one."""
+    icl_seq_len: PositiveInt | None = None
+    """Tokens of question and answer, for tasks that do not say; the longest max_seq_len when left out."""
     icl_subset_num_batches: int = Field(default=-1, ge=-1)
     """Batches of each of these tasks; -1 is all."""
-    eval_gauntlet: Any = None
+    eval_gauntlet: Gauntlet = None
     """llm-foundry's averages over tasks: a block, or the path of a YAML file with one."""
     harness: HarnessConfig | None = None
     """Tasks of EleutherAI's lm-evaluation-harness (extra `eval`). (llmtrain's own.)"""
@@ -179,12 +182,32 @@ class EvalRecipe(Config):
         return self
 
     @model_validator(mode="after")
+    def _tasks_fit(self) -> Self:
+        refuse_repeated(self.icl_tasks)
+        if self.eval_gauntlet is not None and not self.icl_tasks:
+            raise mistake("It averages over tasks, and there are none: give `icl_tasks`.", "eval_gauntlet")
+        return self
+
+    @model_validator(mode="after")
     def _something_to_do(self) -> Self:
         if not self.eval_loader and not self.icl_tasks and self.harness is None:
             raise mistake(
                 "Nothing to evaluate: give data (`eval_loader`) or tasks (`harness`, `icl_tasks`).", "eval_loader"
             )
         return self
+
+    @property
+    def icl(self) -> ICLConfig | None:
+        """llm-foundry's tasks as their engine takes them; None without any."""
+        if not self.icl_tasks:
+            return None
+        return ICLConfig(
+            icl_tasks=self.icl_tasks,
+            eval_gauntlet=self.eval_gauntlet,
+            icl_seq_len=self.icl_seq_len or max(self.max_seq_len),
+            icl_subset_num_batches=self.icl_subset_num_batches,
+            **({} if self.device_eval_batch_size is None else {"device_eval_batch_size": self.device_eval_batch_size}),
+        )
 
     def notes(self) -> list[str]:
         """One line for every key that asks for something that does not exist here."""
