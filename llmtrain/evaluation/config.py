@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from llmtrain.config.base import Config, mistake
+from llmtrain.evaluation.harness_config import HarnessConfig
 from llmtrain.evaluation.icl.config import Gauntlet, ICLConfig, Tasks, refuse_repeated
 from llmtrain.recipe.recipe import FinetuningEvalLoader, ModelConfig, TextEvalLoader
 from llmtrain.tokenizer import TokenizerConfig
@@ -54,17 +55,6 @@ class ModelToEvaluate(Config):
         if self.load_path is None and not named:
             raise mistake("Nothing says where the weights are. Give a run, a checkpoint or an export.", "load_path")
         return self
-
-
-class HarnessConfig(Config):
-    """Tasks of EleutherAI's lm-evaluation-harness (`harness:` in a recipe, `--tasks` on the command line)."""
-
-    tasks: Annotated[tuple[str, ...], BeforeValidator(_as_list), Field(min_length=1)]
-    """Names of tasks, groups or tags."""
-    num_fewshot: int | None = Field(default=None, ge=0)
-    """Examples before each question; the task's own number when left out."""
-    limit: PositiveInt | None = None
-    """Samples of each task; all when left out."""
 
 
 class EvalRecipe(Config):

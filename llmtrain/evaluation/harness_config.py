@@ -26,7 +26,7 @@ class HarnessTask(Config):
     """Examples before each question, instead of `harness.num_fewshot`."""
     limit: PositiveInt | None = None
     """Samples of each task, instead of `harness.limit`."""
-    expected: dict[str, float] = {}
+    expected: dict[str, float] = Field(default_factory=dict)
     """Metric -> value that was published for this model, on the harness's scale (accuracies are fractions). A filter's
     name follows behind a comma: `exact_match,strict-match`."""
     tolerance: PositiveFloat = 0.01
@@ -59,7 +59,7 @@ class HarnessConfig(Config):
     """With a chat template: whether each example is a turn of its own."""
     system_instruction: str | None = None
     """Stands before everything; with a chat template it is the system's turn."""
-    gen_kwargs: dict[str, Any] = {}
+    gen_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Changes to the `generation_kwargs` of tasks that generate: `max_gen_toks`, `temperature`, `do_sample`, ..."""
     bootstrap_iters: int = Field(default=1000, ge=0)
     """Draws for the standard error of what is not a mean (perplexities, F1, BLEU); 0 leaves all standard errors out."""
