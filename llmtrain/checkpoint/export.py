@@ -14,9 +14,10 @@ from torch import Tensor
 from llmtrain.checkpoint import manifest
 from llmtrain.checkpoint.compare import compare_with_transformers
 from llmtrain.checkpoint.hugging_face import is_hugging_face_folder, write_hf_folder
-from llmtrain.checkpoint.hugging_face_config import refuse_inexpressible
+from llmtrain.checkpoint.layouts import choose_layout
 from llmtrain.checkpoint.resolve import locate
 from llmtrain.checkpoint.source import Source, open_source
+from llmtrain.checkpoint.weights import InMemory
 from llmtrain.errors import UserError
 from llmtrain.hf_model.export import Written, write_adapters, write_merged
 from llmtrain.hf_model.source import open_hf
@@ -145,12 +146,12 @@ def export(
 
 
 def _write_mpt(source: Source, staging: Path, dtype: str, max_shard_size: int | str) -> Written:
-    refuse_inexpressible(source.config, str(source.path))
+    layout = choose_layout(source.config, with_code=False, where=str(source.path))
     weights = _cast(source, dtype)
     tokenizer = _tokenizer_folder(source, staging / "tokenizer")
     out = staging / "out"
     write_hf_folder(out, source.config, weights, dtype=dtype, tokenizer=tokenizer, max_shard_size=max_shard_size)
-    result = compare_with_transformers(out, source.config, weights, tokenizer)
+    result = compare_with_transformers(out, layout, source.config, InMemory(weights), tokenizer)
     return Written(sum(value.numel() for value in weights.values()), result, tokenizer is not None)
 
 

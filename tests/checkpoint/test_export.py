@@ -10,7 +10,9 @@ from llmtrain.checkpoint import export as export_module
 from llmtrain.checkpoint.export import export
 from llmtrain.checkpoint.hugging_face import read_hf_folder, write_hf_folder
 from llmtrain.checkpoint.hugging_face_config import from_hugging_face, to_hugging_face
+from llmtrain.checkpoint.layouts.mpt import MptLayout
 from llmtrain.checkpoint.read import read_weights
+from llmtrain.checkpoint.weights import InMemory
 from llmtrain.errors import UserError
 from llmtrain.model.config import MPTConfig
 from llmtrain.model.mpt import MPT
@@ -215,7 +217,7 @@ class TestTheProofCanFail:
         plain = MPTConfig.model_validate(config.model_dump() | {"logit_scale": None} | {"attn_config": {"alibi": True}})
         (tmp_path / "hf").mkdir()
         write_hf_folder(tmp_path / "hf", plain, weights, dtype="float32", tokenizer=None)
-        result = compare.compare_with_transformers(tmp_path / "hf", config, weights, None)
+        result = compare.compare_with_transformers(tmp_path / "hf", MptLayout(), config, InMemory(weights), None)
         assert "logits differ" in result.problems[0]
         assert result.max_difference > 50 * result.tolerance
 

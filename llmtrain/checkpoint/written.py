@@ -1,0 +1,80 @@
+"""The weights of a folder that was just written, read again by the libraries that users read them with."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llmtrain.checkpoint.weights import Joined, Weights
+from llmtrain.errors import UserError
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def written_weights(folder: Path) -> Weights:
+    """All tensors of the folder's weights files, by the names in them.
+
+    Raises:
+        UserError: there are none, a file cannot be read, or the index and the files do not say the same.
+    """
+    for suffix, stem in ((".safetensors", "model"), (".bin", "pytorch_model")):
+        files = sorted(folder.glob(f"{stem}*{suffix}"))
+        if not files:
+            continue
+        parts: list[Weights] = [_Safetensors(f) if suffix == ".safetensors" else _torch_file(f) for f in files]
+        index = folder / f"{stem}{suffix}.index.json"
+        if index.is_file():
+            wanted = json.loads(index.read_text())["weight_map"]
+            found = {name: file.name for file, part in zip(files, parts, strict=True) for name in part}
+            if wanted != found:
+                raise UserError(f"{index}: its weight_map does not say what the files hold.")
+        return Joined(parts, str(folder))
+    raise UserError(f"{folder}: no weights were written.")
+
+
+class _Safetensors(Weights):
+    """One file, by the safetensors library, which maps it: opened for each tensor anew, so that no pages stay."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        with self._open() as file:
+            names = list(file.keys())
+            slices = {name: file.get_slice(name) for name in names}
+            self._shapes = {name: torch.Size(part.get_shape()) for name, part in slices.items()}
+            self._dtypes = {name: _DTYPES[part.get_dtype()] for name, part in slices.items()}
+
+    def _open(self):  # type: ignore[no-untyped-def]
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            return safe_open(self._path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{self._path}: cannot be read, the file is damaged ({error}).") from None
+
+    def __getitem__(self, name: str) -> Tensor:
+        with self._open() as file:
+            return file.get_tensor(name).clone()  # type: ignore[no-any-return]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._shapes
+
+    def shape(self, name: str) -> torch.Size:
+        return self._shapes[name]
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._dtypes[name]
+
+
+def _torch_file(path: Path) -> Weights:
+    from llmtrain.checkpoint.unpickle import load_full
+    from llmtrain.checkpoint.weights import InMemory
+
+    return InMemory(load_full(path))
