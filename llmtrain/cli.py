@@ -214,15 +214,21 @@ def generate(
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given several times.")] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option(help="A .txt file (a prompt a line) or .jsonl (field `prompt`); `< FILE` is one prompt."),
+        typer.Option(
+            help="A .txt file (a prompt a line) or .jsonl (prompt, messages or input_data); `< FILE` is one prompt."
+        ),
     ] = None,
     max_new_tokens: int = 64,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.8,
     top_p: float = 1.0,
     top_k: Annotated[int, typer.Option(help="0 keeps all tokens.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="A text that ends an answer; several times.")] = None,
     seed: int = 0,
     batch_size: int = 8,
-    output: Annotated[Path | None, typer.Option(help="Write jsonl here instead of printing.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Write jsonl here instead of printing; interrupted, it goes on where it was.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output of something else.")] = False,
     recipe: Annotated[Path | None, typer.Option(help="The recipe, for a checkpoint that does not hold one.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; the GPU when there is one.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; bfloat16 on a GPU.")] = None,
@@ -238,9 +244,11 @@ def generate(
         temperature=temperature,
         top_p=top_p,
         top_k=top_k,
+        stop=stop or [],
         seed=seed,
         batch_size=batch_size,
         output=output,
+        overwrite=overwrite,
         recipe=recipe,
         device=device,
         dtype=dtype,

@@ -8,7 +8,7 @@ from torch import nn
 from llmtrain.errors import UserError
 from llmtrain.generation.conversation import Conversation, TextStream
 from llmtrain.generation.decoder import Decoder, decoder_for
-from llmtrain.generation.generate import steps
+from llmtrain.generation.generate import Row, steps
 from llmtrain.generation.sampling import Sampling
 from llmtrain.model.mpt import MPT
 from llmtrain.stop_tokens import stop_ids
@@ -83,12 +83,9 @@ class Chat:
         try:
             for ((_, token),) in steps(
                 self._decoder,
-                [prompt],
-                max_new_tokens=room,
-                sampling=self._sampling,
+                [Row(prompt, room, self._sampling, turn)],
                 eos_ids=self._stops,
                 seed=self._seed,
-                first_index=turn,
             ):
                 self._cached = prompt + said  # all but the newest token
                 said.append(token)

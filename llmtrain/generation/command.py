@@ -1,19 +1,20 @@
-"""``llmtrain generate``: prompts in, completions out."""
+"""``llmtrain generate``: prompts in, completions out; to the screen, or as a job from a file to a file."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llmtrain.errors import UserError
-from llmtrain.generation.prompts import Completion, Prompt, gather_prompts, write_jsonl
+from llmtrain.generation.requests import Requests, standard_input
+from llmtrain.generation.settings import Settings
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerFast
 
-    from llmtrain.generation.decoder import Progress
-    from llmtrain.generation.sampling import Sampling
+    from llmtrain.generation.batch import Answer, Answering
+    from llmtrain.generation.requests import Request
 
 
 def generate_command(
@@ -25,105 +26,131 @@ def generate_command(
     temperature: float = 1.0,
     top_p: float = 1.0,
     top_k: int = 0,
+    stop: Sequence[str] = (),
     seed: int = 0,
     batch_size: int = 8,
     output: Path | None = None,
+    overwrite: bool = False,
     recipe: Path | None = None,
     device: str | None = None,
     dtype: str | None = None,
-) -> list[Completion]:
-    """Continue prompts with a model and print what it writes.
+) -> "list[Answer]":
+    """Continue prompts with a model and print what it writes, or write it to a file.
 
     Args:
         source: A run, a checkpoint, a ``.pt`` file or an export.
         prompts: Texts; with none of them and no file, standard input is one prompt.
-        prompts_file: ``.jsonl`` with a ``prompt`` in each object, or text with a prompt a line.
-        max_new_tokens: Largest number of new tokens a prompt.
+        prompts_file: ``.jsonl`` with a request in each line (:mod:`llmtrain.generation.requests`), or text with a
+            prompt a line.
+        max_new_tokens: Largest number of new tokens a prompt, where a request does not say; so the next four.
         temperature: Of sampling; 0 is greedy.
         top_p: Nucleus sampling, 1 is off.
         top_k: Keep the k most probable tokens, 0 is off.
+        stop: Texts that end an answer.
         seed: The same seed gives the same text.
-        batch_size: Prompts that run together; does not change what a prompt gets.
-        output: A jsonl file for the results (in the order of the prompts); printed if None.
+        batch_size: Prompts that run together; does not change what a prompt gets, but for rounding.
+        output: A jsonl file for the results (in the order of the requests); printed if None. Interrupted, the same
+            command goes on where it was (:mod:`llmtrain.generation.job`).
+        overwrite: Replace an output of something else.
         recipe: For a checkpoint that does not carry its recipe.
         device: ``cpu``, ``cuda``; by default a GPU if there is one.
         dtype: By default bfloat16 on a GPU, float32 on the CPU.
 
     Returns:
-        The completions, in the order of the prompts.
+        What was printed, in the order of the prompts.
 
     Raises:
-        UserError: a setting, a prompt file or the source is not usable.
+        UserError: a setting, a request, the source or the output is not usable.
     """
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens {max_new_tokens}: must be at least 1.")
     if batch_size < 1:
         raise UserError(f"batch_size {batch_size}: must be at least 1.")
-    wanted = gather_prompts(prompts, prompts_file)
+    settings = Settings(max_new_tokens, temperature, top_p, top_k, stop=tuple(stop))
+    if output is not None and prompts_file is not None and output.resolve() == prompts_file.resolve():
+        raise UserError(f"--output {output} is the file with the prompts.")
+    if output is not None and not output.absolute().parent.is_dir():
+        raise UserError(f"--output {output}: there is no folder {output.absolute().parent}.")
+    texts = list(prompts) if prompts or prompts_file is not None else standard_input()
+    requests = Requests(texts, prompts_file, settings)
+    from llmtrain.generation.batch import Answering
     from llmtrain.generation.load import load
     from llmtrain.generation.prefill_progress import PrefillProgress
-    from llmtrain.generation.sampling import Sampling
 
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     model, tokenizer = load(source, recipe=recipe, device=device, dtype=dtype)
-    done = []
-    for completion in complete(
-        model,
-        tokenizer,
-        wanted,
-        sampling=sampling,
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-        batch_size=batch_size,
-        progress=PrefillProgress(),
-    ):
-        done.append(completion)
-        if output is None:
-            _print(completion)
+    answering = Answering(model, tokenizer, seed=seed, batch_size=batch_size, progress=PrefillProgress())
     if output is not None:
-        write_jsonl(output, done)
-    return done
+        made_of = {
+            "model": str(source),
+            **_identity(model, tokenizer),
+            "input": requests.sha256,
+            "seed": seed,
+            "batch_size": batch_size,
+            "settings": vars(settings) | {"stop": list(settings.stop)},
+        }
+        _run_job(output, requests, answering, made_of, overwrite)
+        return []
+    answering.check(requests)
+    printed: list[Answer] = []
+    for request, answers in answering.answer(requests):
+        for prompt, answer in zip(request.prompts, answers, strict=True):
+            _print(prompt if isinstance(prompt, str) else prompt[-1]["content"] + "\n", answer, request)
+        printed += answers
+    return printed
 
 
-def complete(
-    model: "nn.Module",
-    tokenizer: "PreTrainedTokenizerFast",
-    prompts: Sequence[Prompt],
-    *,
-    sampling: "Sampling",
-    max_new_tokens: int,
-    seed: int = 0,
-    batch_size: int = 8,
-    progress: "Progress | None" = None,
-) -> Iterator[Completion]:
-    """Continue texts, batch by batch, in their order; `progress` is told how far long prompts have been read.
+def _run_job(
+    output: Path, requests: Requests, answering: "Answering", made_of: dict[str, Any], overwrite: bool
+) -> None:
+    from rich.console import Console
 
-    An empty prompt stands for the start of a document: the model sees the end-of-text token, as it did in training.
-    """
-    from llmtrain.generation.decoder import decoder_for
-    from llmtrain.generation.samples import sample
+    from llmtrain.generation.batch import as_json
+    from llmtrain.generation.batch_progress import batch_progress
+    from llmtrain.generation.job import Job
 
-    for start in range(0, len(prompts), batch_size):
-        part = prompts[start : start + batch_size]
-        samples = sample(
-            decoder_for(model, progress),
-            tokenizer,
-            [prompt.text for prompt in part],
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            seed=seed,
-            first_index=start,
-        )
-        for prompt, completion in zip(part, samples, strict=True):
-            yield replace(completion, prompt=prompt)
+    console = Console(stderr=True)
+    job = Job(output, made_of)
+    done = job.start(overwrite=overwrite)
+    if done is None:
+        console.print(f"{output} is complete already, of the same input, model and settings.", markup=False)
+        return
+    if done:
+        console.print(f"{output}: {done:,} of {requests.n:,} requests are answered; going on.", markup=False)
+    else:
+        answering.check(requests)
+    before = sum(len(request.prompts) for number, request in enumerate(requests) if number < done)
+    with job.writing() as file, batch_progress(console, before, requests.n_prompts) as tell:
+        for request, answers in answering.answer(requests, done=done, tell=tell):
+            file.write(json.dumps(as_json(request, answers), ensure_ascii=False) + "\n")
+            file.flush()
 
 
-def _print(completion: Completion) -> None:
+def _identity(model: "nn.Module", tokenizer: "PreTrainedTokenizerFast") -> dict[str, Any]:
+    """What tells a loaded model from others: a hash over its weights as they compute, wherever they came from."""
+    import torch
+    import xxhash
+
+    from llmtrain.tokenizer import fingerprint_of
+
+    digest = xxhash.xxh3_128()
+    weights = model.state_dict()
+    for name, weight in weights.items():
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}")
+        digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    first = next(iter(weights.values()))
+    return {
+        "weights": digest.hexdigest(),
+        "dtype": str(first.dtype).removeprefix("torch."),
+        "device": first.device.type,
+        "tokenizer": fingerprint_of(tokenizer),
+        "chat_template": xxhash.xxh3_64(str(tokenizer.chat_template)).hexdigest(),
+    }
+
+
+def _print(prompt: str, answer: "Answer", request: "Request") -> None:
     from rich.console import Console
     from rich.text import Text
 
     console = Console()
-    text = Text(completion.prompt.text, style="dim")
-    text.append(completion.text, style="bold" if console.is_terminal else "")
+    text = Text("" if request.settings.return_full_text else prompt, style="dim")
+    text.append(answer.text, style="bold" if console.is_terminal else "")
     console.print(text, soft_wrap=True)
     console.rule(style="dim")

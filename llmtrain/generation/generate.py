@@ -1,16 +1,29 @@
 """Generation: batches of prompts of different lengths, padded on the left, one token after another."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from llmtrain.errors import UserError
 from llmtrain.generation.decoder import Decoder, decoder_for
-from llmtrain.generation.sampling import Sampling
+from llmtrain.generation.sampling import GREEDY, Sampling, draw
 
 MOST_RESERVED = 4096
 """New tokens that memory is made ready for before the first: an answer that may be longer need not be."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A prompt in a batch."""
+
+    ids: Sequence[int]
+    """At least one token."""
+    max_new_tokens: int
+    sampling: Sampling = GREEDY
+    index: int = 0
+    """Its place among all prompts: with the seed it decides what chance does to it, whatever is beside it."""
 
 
 def generate(
@@ -48,16 +61,10 @@ def generate(
     """
     answers: list[list[int]] = [[] for _ in prompts]
     if prompts:
-        for step in steps(
-            decoder_for(model) if isinstance(model, nn.Module) else model,
-            prompts,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            eos_ids=eos_ids,
-            seed=seed,
-            first_index=first_index,
-            agree=agree,
-        ):
+        sampling = sampling or GREEDY
+        rows = [Row(ids, max_new_tokens, sampling, index) for index, ids in enumerate(prompts, start=first_index)]
+        decoder = decoder_for(model) if isinstance(model, nn.Module) else model
+        for step in steps(decoder, rows, eos_ids=eos_ids, seed=seed, agree=agree):
             for row, token in step:
                 answers[row].append(token)
     return answers
@@ -66,42 +73,44 @@ def generate(
 @torch.no_grad()  # not inference_mode: what FSDP gathers in there could not be used for training any more
 def steps(
     decoder: Decoder,
-    prompts: Sequence[Sequence[int]],
+    rows: Sequence[Row],
     *,
-    max_new_tokens: int,
-    sampling: Sampling | None = None,
     eos_ids: Collection[int] = (),
     seed: int = 0,
-    first_index: int = 0,
+    ended: Callable[[int, int], bool] | None = None,
     agree: Callable[[Tensor], Tensor] | None = None,
 ) -> Iterator[list[tuple[int, int]]]:
-    """The same one step at a time: (prompt, its next token) of each prompt that goes on.
+    """The same one step at a time: (row, its next token) of each row that goes on.
 
-    The decoder may have seen the beginning of the prompts before.
+    The decoder may have seen the beginning of the prompts before. `ended` is asked after each token whether it was the
+    row's last.
     """
-    if min(map(len, prompts)) < 1 or max_new_tokens < 1:
+    if any(not row.ids or row.max_new_tokens < 1 for row in rows):
         raise ValueError("generation needs prompts of at least one token, and max_new_tokens of at least 1")
-    _refuse_beyond_positions(decoder.positions, prompts, max_new_tokens)
-    sampling = sampling or Sampling(temperature=0)
-    ids, seen = _pad_left(prompts, decoder.device)
-    decoder.reserve(ids.shape[1] + min(max_new_tokens, MOST_RESERVED) - 1)
-    generators = [torch.Generator().manual_seed(_row_seed(seed, first_index + row)) for row in range(len(prompts))]
-    ends = torch.tensor(sorted(eos_ids), device=decoder.device, dtype=torch.long)
-    active = list(range(len(prompts)))
-    for count in range(1, max_new_tokens + 1):
-        tokens = sampling.draw(decoder(ids, seen), [generators[row] for row in active])
+    _refuse_beyond_positions(decoder.positions, rows)
+    ids, seen = _pad_left([row.ids for row in rows], decoder.device)
+    longest = max(row.max_new_tokens for row in rows)
+    decoder.reserve(ids.shape[1] + min(longest, MOST_RESERVED) - 1)
+    generators = [torch.Generator().manual_seed(_row_seed(seed, row.index)) for row in rows]
+    active = list(range(len(rows)))
+    ends = set(eos_ids)
+    for count in range(1, longest + 1):
+        tokens = draw(decoder(ids, seen), [rows[n].sampling for n in active], [generators[n] for n in active])
         tokens = agree(tokens) if agree is not None else tokens
-        yield list(zip(active, tokens.tolist(), strict=True))
-        if count == max_new_tokens:
+        drawn = list(zip(active, tokens.tolist(), strict=True))
+        yield drawn
+        going = [
+            place
+            for place, (n, token) in enumerate(drawn)
+            if count < rows[n].max_new_tokens and token not in ends and not (ended is not None and ended(n, token))
+        ]
+        if not going:
             break
-        going = ~torch.isin(tokens, ends)
-        if not going.all():  # finished rows leave the batch instead of computing padding
-            rows = going.nonzero().flatten()
-            if not len(rows):
-                break
-            active = [active[row] for row in rows.tolist()]
-            decoder.keep_rows(rows)
-            tokens, ids, seen = tokens[rows], ids[rows], seen[rows]
+        if len(going) < len(active):  # finished rows leave the batch instead of computing padding
+            active = [active[place] for place in going]
+            kept = torch.tensor(going, device=decoder.device)
+            decoder.keep_rows(kept)
+            tokens, ids, seen = tokens[kept], ids[kept], seen[kept]
         ids = torch.cat([ids, tokens[:, None]], dim=1)
         seen = torch.cat([seen, torch.ones_like(seen[:, :1])], dim=1)
 
@@ -117,14 +126,19 @@ def _pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[T
     return ids.to(device), seen.to(device)
 
 
-def _refuse_beyond_positions(positions: int | None, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+def _refuse_beyond_positions(positions: int | None, rows: Sequence[Row]) -> None:
     # The last token is never fed back, so it needs no position. Padding counts, as in the model's own check.
-    needed = max(map(len, prompts)) + max_new_tokens - 1
-    if positions is not None and needed > positions:
-        raise UserError(
-            f"{max(map(len, prompts))} prompt tokens + {max_new_tokens} new ones do not fit into this model's "
-            f"{positions} learned positions (max_seq_len); shorten the prompt or max_new_tokens."
-        )
+    prompt, new = max(len(row.ids) for row in rows), max(row.max_new_tokens for row in rows)
+    if positions is not None and prompt + new - 1 > positions:
+        raise UserError(too_long(prompt, new, positions))
+
+
+def too_long(prompt: int, new: int, positions: int) -> str:
+    """What to say of a prompt that does not fit."""
+    return (
+        f"{prompt} prompt tokens + {new} new ones do not fit into this model's "
+        f"{positions} learned positions (max_seq_len); shorten the prompt or max_new_tokens."
+    )
 
 
 def _row_seed(seed: int, index: int) -> int:

@@ -62,3 +62,18 @@ class Sampling:
         probabilities = self.probabilities(logits).cpu()
         drawn = [torch.multinomial(row, 1, generator=g) for row, g in zip(probabilities, generators, strict=True)]
         return torch.cat(drawn).to(logits.device)
+
+
+GREEDY = Sampling(temperature=0)
+
+
+def draw(logits: Tensor, samplings: Sequence[Sampling], generators: Sequence[torch.Generator]) -> Tensor:
+    """The next token of rows that are sampled in different ways: (batch, vocab) logits -> (batch,) int64."""
+    kinds = set(samplings)
+    if len(kinds) == 1:
+        return samplings[0].draw(logits, generators)
+    tokens = torch.empty(len(logits), dtype=torch.long, device=logits.device)
+    for kind in kinds:
+        rows = [row for row, sampling in enumerate(samplings) if sampling == kind]
+        tokens[rows] = kind.draw(logits[rows], [generators[row] for row in rows])
+    return tokens

@@ -1,5 +1,4 @@
 import io
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -14,11 +13,11 @@ from llmtrain.generation.load import load
 
 def test_texts_come_back_in_order_and_are_printed(exported: Path, capsys) -> None:
     done = generate_command(exported, ["the quick", "lazy [dog]", ""], max_new_tokens=9, temperature=0, batch_size=2)
-    assert [c.prompt.text for c in done] == ["the quick", "lazy [dog]", ""]
     printed = capsys.readouterr().out
     assert "the quick" + done[0].text.split("\n")[0] in printed
     assert "lazy [dog]" in printed
-    one_by_one = [generate_command(exported, [c.prompt.text], max_new_tokens=9, temperature=0)[0].text for c in done]
+    prompts = ["the quick", "lazy [dog]", ""]
+    one_by_one = [generate_command(exported, [p], max_new_tokens=9, temperature=0)[0].text for p in prompts]
     assert one_by_one == [c.text for c in done]
 
 
@@ -34,40 +33,23 @@ def test_the_same_seed_the_same_text(exported: Path) -> None:
     assert write(1, 8)[0] != write(1, 8)[1]
 
 
-def test_jsonl_in_and_out(exported: Path, tmp_path: Path, capsys) -> None:
-    source = tmp_path / "in.jsonl"
-    source.write_text('{"id": 7, "prompt": "the"}\n\n{"prompt": "döner kebab", "id": 8}\n', encoding="utf-8")
-    target = tmp_path / "out.jsonl"
-    done = generate_command(exported, prompts_file=source, max_new_tokens=4, output=target, seed=5)
-    lines = [json.loads(line) for line in target.read_text(encoding="utf-8").splitlines()]
-    assert [(line["id"], line["prompt"]) for line in lines] == [(7, "the"), (8, "döner kebab")]
-    assert [line["completion"] for line in lines] == [c.text for c in done]
-    assert {line["finish_reason"] for line in lines} <= {"stop", "length"}
-    assert capsys.readouterr().out == ""
-    assert sorted(p.name for p in tmp_path.glob("*.jsonl")) == ["in.jsonl", "out.jsonl"]
-
-
-def test_a_text_file_has_a_prompt_a_line(exported: Path, tmp_path: Path) -> None:
+def test_a_text_file_has_a_prompt_a_line(exported: Path, tmp_path: Path, capsys) -> None:
     (tmp_path / "in.txt").write_text("the\r\n\nfox jumps\n")
-    done = generate_command(exported, ["first"], prompts_file=tmp_path / "in.txt", max_new_tokens=2)
-    assert [c.prompt.text for c in done] == ["first", "the", "fox jumps"]
+    generate_command(exported, ["first"], prompts_file=tmp_path / "in.txt", max_new_tokens=2)
+    printed = capsys.readouterr().out
+    assert [printed.index(text) for text in ("first", "the", "fox jumps")] == sorted(
+        printed.index(text) for text in ("first", "the", "fox jumps")
+    )
+    assert printed.count("───\n") == 3
 
 
-def test_standard_input_is_one_prompt(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_standard_input_is_one_prompt(exported: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("def f(x):\n    return\n"))
-    assert [c.prompt.text for c in generate_command(exported, max_new_tokens=2)] == ["def f(x):\n    return"]
+    assert len(generate_command(exported, max_new_tokens=2)) == 1
+    assert capsys.readouterr().out.startswith("def f(x):\n    return")
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     with pytest.raises(UserError, match="no prompt"):
         generate_command(exported)
-
-
-@pytest.mark.parametrize(
-    ("line", "match"), [("{", "line 2: not JSON"), ('["x"]', "line 2: expected"), ('{"prompt": 3}', "line 2: expected")]
-)
-def test_a_malformed_line_is_named(exported: Path, tmp_path: Path, line: str, match: str) -> None:
-    (tmp_path / "in.jsonl").write_text('{"prompt": "x"}\n' + line + "\n")
-    with pytest.raises(UserError, match=match):
-        generate_command(exported, prompts_file=tmp_path / "in.jsonl")
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def test_progress_of_a_long_prompt(
     file = tmp_path / "long.jsonl"
     file.write_text(json.dumps({"prompt": "the quick brown fox " * 1000}) + "\n")
     generate_command(exported, prompts_file=file, max_new_tokens=2, output=tmp_path / "out.jsonl")
-    first, *_, last = capsys.readouterr().err.splitlines()
+    first, *_, last = (line for line in capsys.readouterr().err.splitlines() if line.startswith("prompt: "))
     assert first.startswith("prompt: 2,048 of ")
     total = last.split()[1]
     assert last.startswith(f"prompt: {total} of {total} tokens read, ")
