@@ -1,5 +1,6 @@
 """Loss as a function of position: how much a model makes of a longer context."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -63,6 +64,18 @@ class LossByPosition:
         self._grow(len(sums))
         self.sums[: len(sums)] += sums
         self.counts[: len(counts)] += counts
+
+    def over_ranks(self, add_up: Callable[[Tensor], Tensor], length: int) -> "LossByPosition":
+        """What all ranks have together, on the CPU (a collective call).
+
+        Args:
+            add_up: elementwise sum over ranks.
+            length: of the longest window of any of them.
+        """
+        self._grow(length)
+        whole = LossByPosition()
+        whole.sums, whole.counts = add_up(self.sums), add_up(self.counts)
+        return whole
 
     @property
     def targets(self) -> int:

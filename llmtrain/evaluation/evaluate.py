@@ -1,6 +1,7 @@
 """Losses of a model on text, at one length of the window."""
 
 from collections.abc import Callable, Iterator, Sequence
+from math import nan
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from llmtrain.data.batch import IGNORE
 from llmtrain.errors import UserError
 from llmtrain.evaluation.by_position import LossByPosition
 from llmtrain.evaluation.by_source import LossBySource
+from llmtrain.evaluation.ranks import Ranks
 from llmtrain.evaluation.tokens import Tokens
 from llmtrain.evaluation.windows import Window, at_most, windows
 from llmtrain.hf_model.model import HFCausalLM
@@ -27,10 +29,16 @@ def evaluate(
     *,
     max_tokens: int | None = None,
     batch_tokens: int = TOKENS_IN_A_BATCH,
+    batch_size: int | None = None,
     advance: Callable[[int], None] = lambda n: None,
     by_source: LossBySource | None = None,
+    ranks: Ranks | None = None,
+    sharded: bool = False,
 ) -> LossByPosition:
     """Loss at each position of windows of `length` tokens. Each token but the first of a piece is predicted once.
+
+    Windows are dealt out to the ranks; sums of losses and numbers of targets are added up in float64, so that the
+    result is the same, but for rounding in the model, for any number of ranks and any batch.
 
     Args:
         model: in evaluation mode.
@@ -38,8 +46,11 @@ def evaluate(
         length: tokens in a window.
         max_tokens: of the text, from its beginning.
         batch_tokens: of a forward; decides on memory and, but for rounding, on nothing else.
-        advance: called with the number of targets that are done.
+        batch_size: windows in a forward, instead.
+        advance: called with the number of targets that are done, on all ranks together.
         by_source: counts the losses of each of `tokens.sources`, too.
+        ranks: the processes that share the work; one when left out.
+        sharded: the model is sharded over them: all make equally many forwards.
 
     Raises:
         UserError: the model cannot take so many tokens, or no piece has so many.
@@ -47,17 +58,42 @@ def evaluate(
     check_length(model, length)
     pieces = at_most(tokens.pieces, max_tokens)
     check_text(pieces, length)
+    ranks = ranks or Ranks()
     device = next(model.parameters()).device
     losses = LossByPosition(device)
-    for batch in _batches(windows(pieces, length), batch_tokens):
+    # The longest first: then the ranks' shares are alike, and windows of a batch, too.
+    cut = sorted(windows(pieces, length), key=lambda window: -window.length)
+    mine = list(_batches([cut[number] for number in ranks.deal(len(cut))], batch_tokens, batch_size))
+    for number in range(ranks.rounds(len(mine)) if sharded else len(mine)):
+        counts = number < len(mine)  # else the others have more to do, and this one's part of the model is needed
+        batch = mine[number] if counts else cut[:1]
         input_ids, labels = _stack([tokens.read(*window) for window in batch], device)
         output = model(input_ids=input_ids, labels=labels, token_losses=True)
+        if not counts:
+            continue
         losses.add(output.token_losses, labels)
         if by_source is not None:
             numbers = [by_source.names.index(tokens.sources[window.piece]) for window in batch]
             by_source.add(output.token_losses, labels, torch.tensor(numbers, device=device))
-        advance(sum(window.length - 1 for window in batch))
-    return losses
+        advance(ranks.world * sum(window.length - 1 for window in batch))
+    if by_source is not None:
+        by_source.sums = ranks.sum(by_source.sums)
+    return losses.over_ranks(ranks.sum, cut[0].length)
+
+
+def n_bytes(tokens: Tokens, pieces: Sequence[int]) -> dict[str, float]:
+    """Bytes of UTF-8 that the predicted tokens of each source stand for; NaN where nobody knows.
+
+    Args:
+        tokens: the text.
+        pieces: tokens of each piece that are evaluated (`at_most`); all but the first of a piece are predicted.
+    """
+    found: dict[str, float] = {}
+    for number, size in enumerate(pieces):
+        of_piece = tokens.n_bytes(number, 1, size)
+        source = tokens.sources[number]
+        found[source] = found.get(source, 0.0) + (nan if of_piece is None else of_piece)
+    return found
 
 
 def n_targets(pieces: Sequence[int]) -> int:
@@ -117,11 +153,12 @@ def positions_are_computed(model: HFCausalLM) -> bool:
     return any(getattr(model.config, name, None) is not None for name in names)
 
 
-def _batches(cut: Sequence[Window], batch_tokens: int) -> Iterator[list[Window]]:
-    """Windows of like length together, the longest first; a batch has at most `batch_tokens` tokens, or one window."""
+def _batches(cut: Sequence[Window], batch_tokens: int, batch_size: int | None) -> Iterator[list[Window]]:
+    """Windows, the longest first, in batches of at most `batch_tokens` tokens, or one window, or of `batch_size`."""
     batch: list[Window] = []
-    for window in sorted(cut, key=lambda window: -window.length):
-        if batch and (len(batch) + 1) * batch[0].length > batch_tokens:
+    for window in cut:
+        full = (len(batch) + 1) * batch[0].length > batch_tokens if batch else False
+        if batch and (full if batch_size is None else len(batch) == batch_size):
             yield batch
             batch = []
         batch.append(window)

@@ -23,8 +23,18 @@ class Tokens(Protocol):
     sources: list[str]
     """Name of the source that each piece is of."""
 
+    names: list[str]
+    """Where it lies, for messages and results."""
+    joined: bool
+    """Whether a window may be longer than a row of shards."""
+    row_length: int | None
+    """Tokens in a row of shards; None where there are no rows."""
+
     def read(self, piece: int, start: int, stop: int) -> NDArray[np.int64]:
         """Ids of a part of a piece, (stop - start,)."""
+
+    def n_bytes(self, piece: int, start: int, stop: int) -> int | None:
+        """Bytes of UTF-8 that the tokens of a part of a piece stand for; None where nobody knows."""
 
 
 class ShardTokens:
@@ -39,18 +49,27 @@ class ShardTokens:
         vocab_size: ids that the model has.
         fingerprints: of tokenizers whose ids the model knows; None compares nothing.
         key: names the shards in messages.
+        bytes_of_ids: bytes that each id stands for, (vocab_size,); None where nobody knows.
 
     Raises:
         UserError: there are none, or they were made with another tokenizer.
     """
 
     def __init__(
-        self, cfg: TextDatasetConfig, *, vocab_size: int, fingerprints: Sequence[str] | None, key: str
+        self,
+        cfg: TextDatasetConfig,
+        *,
+        vocab_size: int,
+        fingerprints: Sequence[str] | None,
+        key: str,
+        bytes_of_ids: NDArray[np.int64] | None = None,
     ) -> None:
         self.cfg = _whole(cfg)
+        self.bytes_of_ids = bytes_of_ids
         _require(self.cfg, key)
         self._dataset = TextDataset(self.cfg, vocab_size=vocab_size, batch_size=1)
-        self.row_length = self._dataset.max_seq_len = self._length_of_a_row()
+        self.row_length: int = self._length_of_a_row()
+        self._dataset.max_seq_len = self.row_length
         self.pieces: list[int] = []
         self.sources: list[str] = []
         self.joined = True
@@ -84,6 +103,14 @@ class ShardTokens:
         offset = first * self.row_length
         return np.concatenate(ids).astype(np.int64)[start - offset : stop - offset]
 
+    def n_bytes(self, piece: int, start: int, stop: int) -> int | None:
+        """See Tokens. As the ids decode: of the text as the tokenizer has normalized it."""
+        if self.bytes_of_ids is None:
+            return None
+        step = 4096 * self.row_length  # shards may be larger than the memory
+        parts = (self.read(piece, first, min(first + step, stop)) for first in range(start, stop, step))
+        return int(sum(self.bytes_of_ids[ids].sum() for ids in parts))
+
     def _length_of_a_row(self) -> int:
         sample: dict[str, Any] = GuardedDataset.get_item(self._dataset, 0)
         tokens = sample["tokens"]
@@ -97,6 +124,9 @@ class JoinedTokens:
 
     def __init__(self, parts: Sequence[Tokens]) -> None:
         self.parts = parts
+        self.names = [name for part in parts for name in part.names]
+        self.joined = all(part.joined for part in parts)
+        self.row_length = max((part.row_length for part in parts if part.row_length is not None), default=None)
         self.pieces = [size for part in parts for size in part.pieces]
         self.sources = [source for part in parts for source in part.sources]
         self._where = [(part, number) for part in parts for number in range(len(part.pieces))]
@@ -105,6 +135,11 @@ class JoinedTokens:
         """See Tokens."""
         part, number = self._where[piece]
         return part.read(number, start, stop)
+
+    def n_bytes(self, piece: int, start: int, stop: int) -> int | None:
+        """See Tokens."""
+        part, number = self._where[piece]
+        return part.n_bytes(number, start, stop)
 
 
 def folder_of_shards(path: Path) -> TextDatasetConfig:
