@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING
 from llmtrain.errors import UserError
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from llmtrain.checkpoint.weights import Weights
 
 MULTIPLE = 128
 """Grown embeddings have a multiple of so many rows: matrix products of the head are fast then, and shards are even."""
-_TABLES = ("transformer.wte.weight", "lm_head.weight")
+TABLES = ("transformer.wte.weight", "lm_head.weight")
 
 
 def grown_vocab_size(rows: int, tokens: int) -> int:
@@ -17,7 +17,7 @@ def grown_vocab_size(rows: int, tokens: int) -> int:
     return rows if tokens <= rows else -(-tokens // MULTIPLE) * MULTIPLE
 
 
-def grow_embeddings(weights: "dict[str, Tensor]", vocab_size: int) -> "dict[str, Tensor]":
+def grow_embeddings(weights: "Weights", vocab_size: int) -> "Weights":
     """Give the embedding (and the head, where it is not tied) `vocab_size` rows.
 
     New rows are the mean of the old ones: what is known before training of a token that could be any (Hewitt 2021,
@@ -31,11 +31,11 @@ def grow_embeddings(weights: "dict[str, Tensor]", vocab_size: int) -> "dict[str,
     Raises:
         UserError: fewer rows than there are, or no multiple of 128.
     """
-    import torch
+    from llmtrain.checkpoint.grown import Grown
 
-    rows = len(weights[_TABLES[0]])
+    rows = weights.shape(TABLES[0])[0]
     if vocab_size == rows:
-        return dict(weights)
+        return weights
     if vocab_size < rows:
         raise UserError(
             f"model.vocab_size: {vocab_size} is less than the {rows} rows of the weights to start from, and rows are "
@@ -46,11 +46,4 @@ def grow_embeddings(weights: "dict[str, Tensor]", vocab_size: int) -> "dict[str,
             f"model.vocab_size: {vocab_size} rows, grown from {rows}, must be a multiple of {MULTIPLE}. "
             f"Set it to {grown_vocab_size(rows, vocab_size)}."
         )
-    grown = dict(weights)
-    for name in _TABLES:
-        if name in weights:
-            old = weights[name]
-            wide = torch.float64 if old.dtype == torch.float64 else torch.float32
-            mean = old.mean(dim=0, keepdim=True, dtype=wide).to(old.dtype)
-            grown[name] = torch.cat([old, mean.expand(vocab_size - rows, -1)])
-    return grown
+    return Grown(weights, TABLES, vocab_size)

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from llmtrain.checkpoint.fetch import TOKENIZER_FILES
 from llmtrain.checkpoint.hugging_face_config import from_hugging_face, refuse_inexpressible, to_hugging_face
-from llmtrain.checkpoint.names import check_shapes, strip_wrappers
-from llmtrain.checkpoint.unpickle import load_full
+from llmtrain.checkpoint.names import check_shapes, under_own_names
+from llmtrain.checkpoint.safetensors_file import SafetensorsFile
+from llmtrain.checkpoint.torch_file import open_torch_file
+from llmtrain.checkpoint.weights import Joined, Weights
 from llmtrain.errors import UserError
 from llmtrain.model.config import MPTConfig
 
@@ -111,38 +112,40 @@ def ends_of_turns(folder: Path) -> list[int]:
     return list(ends) if len(ends) > 1 else []
 
 
-def read_hf_folder(path: Path) -> tuple[MPTConfig, dict[str, Tensor]]:
-    """Read an MPT from a Hugging Face folder: safetensors, or ``.bin`` without running what is in it.
+def read_hf_folder(path: Path) -> tuple[MPTConfig, Weights]:
+    """Open an MPT in a Hugging Face folder: safetensors, or ``.bin`` without running what is in it.
 
     Transformers' own layout and the older one of MosaicML's remote code; one file or several with an index; a tied
     ``lm_head.weight`` is dropped.
 
     Returns:
-        The config, and the parameters by MPT's names, on the CPU in the dtype of the file.
+        The config, and the parameters by MPT's names, each read when it is asked for, in the dtype of the file.
 
     Raises:
         UserError: no config, no weights, not MPT, or weights that do not fit the config (they are named).
     """
     config = from_hugging_face(read_json(path / "config.json"), str(path / "config.json"))
-    weights: dict[str, Tensor] = {}
-    for file in _weight_files(path):
-        for name, value in _read_tensors(file).items():
-            if name in weights:
-                raise UserError(f"{file}: `{name}` is also in another file of {path}.")
-            weights[name] = value
-    named = {own: weights[stored] for own, stored in strip_wrappers(weights).items()}
-    if "transformer.wte.weight" not in named and "wte.weight" in named:  # saved from MptModel, without the head
-        named = {name if name.startswith("lm_head.") else f"transformer.{name}": v for name, v in named.items()}
-    head, table = named.get("lm_head.weight"), named.get("transformer.wte.weight")
-    if config.tie_word_embeddings and head is not None and table is not None:
-        if not torch.equal(head, table):
-            raise UserError(f"{path}: lm_head.weight differs from the embedding although the config ties them.")
-        del named["lm_head.weight"]
-    check_shapes(config, {name: value.shape for name, value in named.items()}, str(path))
-    return config, named
+    weights = under_own_names(open_tensors(path), config, str(path))
+    check_shapes(config, weights.shapes(), str(path))
+    return config, weights
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def open_tensors(folder: Path) -> Weights:
+    """The tensors of a Hugging Face folder, whatever model it is, by the names in its files.
+
+    Raises:
+        UserError: no weights, damaged, or files that do not hold what their index says.
+    """
+    files, index = _weight_files(folder)
+    weights = Joined([_open_file(file) for file in files], str(folder))
+    if index is not None and (differing := sorted(index ^ set(weights))):
+        what = "its files do not hold" if differing[0] in index else "its index does not name"
+        raise UserError(f"{folder}: {what} `{differing[0]}` ({len(differing)} such names in all); files are missing.")
+    return weights
+
+
+def _weight_files(folder: Path) -> tuple[list[Path], set[str] | None]:
+    """The files, and the names that their index lists."""
     for single, index in (
         ("model.safetensors", "model.safetensors.index.json"),
         ("pytorch_model.bin", "pytorch_model.bin.index.json"),
@@ -157,25 +160,19 @@ def _weight_files(folder: Path) -> list[Path]:
                     raise UserError(f"{folder / index}: `{name}` is no name of a file in this folder; refused.")
                 if not (folder / name).is_file():
                     raise UserError(f"{folder / name}: missing, but named in {index}.")
-            return [folder / name for name in names]
+            return [folder / name for name in names], set(weight_map)
         if (folder / single).is_file():
-            return [folder / single]
+            return [folder / single], None
     raise UserError(f"{folder}: no weights (model.safetensors or pytorch_model.bin, with or without an index).")
 
 
-def _read_tensors(file: Path) -> dict[str, Tensor]:
+def _open_file(file: Path) -> Weights:
     if file.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return dict(load_file(file))
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{file}: cannot be read, the file is damaged ({error}).") from None
-    content = load_full(file)
-    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
+        return SafetensorsFile(file)
+    found = open_torch_file(file)
+    if found is None:
         raise UserError(f"{file}: holds more than tensors.")
-    return content
+    return found
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
+from llmtrain.checkpoint.weights import Renamed, Weights, equal
 from llmtrain.errors import UserError
 from llmtrain.model.config import MPTConfig
 from llmtrain.model.mpt import MPT
@@ -12,6 +13,7 @@ from llmtrain.model.mpt import MPT
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 # What stands before MPT's own names: Composer's model holds MPT as `.model`, DDP holds everything as `.module`.
 _PREFIXES = ("module.", "model.")
+_TABLE, _HEAD = "transformer.wte.weight", "lm_head.weight"
 
 
 def strip_wrappers(names: Iterable[str]) -> dict[str, str]:
@@ -31,6 +33,30 @@ def strip_wrappers(names: Iterable[str]) -> dict[str, str]:
             raise UserError(f"The checkpoint holds `{name}` twice: as `{own[name]}` and as `{stored}`.")
         own[name] = stored
     return own
+
+
+def under_own_names(stored: Weights, config: MPTConfig, where: str) -> Weights:
+    """Weights by MPT's own names, whatever wrappers or transformers' MptModel called them; without a tied head.
+
+    Args:
+        stored: As the files name them.
+        config: Whether the head is tied.
+        where: Of what messages speak.
+
+    Raises:
+        UserError: two names become the same one, or a tied head differs from the embedding.
+    """
+    names = strip_wrappers(stored)
+    if _TABLE not in names and "wte.weight" in names:  # saved from MptModel, without the head
+        names = {own if own.startswith("lm_head.") else f"transformer.{own}": old for own, old in names.items()}
+    if config.tie_word_embeddings and _HEAD in names and _TABLE in names:
+        if not equal(stored, names[_HEAD], names[_TABLE]):
+            raise UserError(
+                f"{where}: holds an lm_head of its own, different from the embedding, but the config ties them; set "
+                "`tie_word_embeddings: false` in the model's recipe, or in config.json."
+            )
+        del names[_HEAD]
+    return Renamed(stored, names)
 
 
 def expected_shapes(config: MPTConfig) -> dict[str, torch.Size]:

@@ -17,7 +17,7 @@ from llmtrain.errors import UserError
 from llmtrain.model.config import MPTConfig
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from llmtrain.checkpoint.weights import Weights
 
 __all__ = ["fetch", "fill_model", "pretrained_config", "read_pretrained"]
 
@@ -79,7 +79,7 @@ def fill_model(model: Mapping[str, Any], tokens: int = 0) -> dict[str, Any]:
     return _merged(model, found)
 
 
-def read_pretrained(path: Path, config: MPTConfig) -> "dict[str, Tensor]":
+def read_pretrained(path: Path, config: MPTConfig) -> "Weights":
     """The weights to start training from, grown to the recipe's vocabulary.
 
     Args:
@@ -87,7 +87,7 @@ def read_pretrained(path: Path, config: MPTConfig) -> "dict[str, Tensor]":
         config: The model of the recipe.
 
     Returns:
-        By MPT's names, on the CPU, in the dtype that was saved.
+        By MPT's names, in the dtype that was saved; each is read when it is asked for.
 
     Raises:
         UserError: the weights are of another model (each key that differs is named), damaged, or cannot be read.

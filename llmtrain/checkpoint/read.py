@@ -1,19 +1,17 @@
 """Weights out of a training checkpoint: sharded or full, ours or another Composer trainer's (llm-foundry)."""
 
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import ValidationError
-from torch import Tensor
 
 from llmtrain.checkpoint import manifest
-from llmtrain.checkpoint.names import check_shapes, strip_wrappers
+from llmtrain.checkpoint.names import check_shapes, under_own_names
 from llmtrain.checkpoint.resolve import locate, run_folder
 from llmtrain.checkpoint.sharded import ShardedTensors
-from llmtrain.checkpoint.unpickle import load_full
+from llmtrain.checkpoint.torch_file import open_torch_file
+from llmtrain.checkpoint.weights import Renamed, Weights
 from llmtrain.errors import UserError
 from llmtrain.model.config import MPTConfig
 
@@ -24,11 +22,12 @@ _SHARDED_PREFIX = "state.model."
 
 def read_weights(
     path: Path, *, recipe: Path | None = None, verified: bool = False, otherwise: MPTConfig | None = None
-) -> tuple[MPTConfig, dict[str, Tensor]]:
-    """Read the model, and only the model, of a checkpoint: on the CPU, in the dtype that was saved.
+) -> tuple[MPTConfig, Weights]:
+    """Open the model, and only the model, of a checkpoint: on the CPU, in the dtype that was saved.
 
-    No process group, no GPU, and not the number of ranks that wrote it. A checkpoint with a manifest is verified
-    first; one without (another trainer's) is read with a warning. Nothing in the files is run.
+    Its tensors are read when they are asked for, one at a time. No process group, no GPU, and not the number of ranks
+    that wrote it. A checkpoint with a manifest is verified first; one without (another trainer's) is read with a
+    warning. Nothing in the files is run.
 
     Args:
         path: A checkpoint folder or ``.pt`` file, or anything else that :func:`locate` understands.
@@ -114,45 +113,25 @@ def _full_file(folder: Path, content: manifest.Manifest | None) -> Path:
     return folder / names[0]
 
 
-def _read_sharded(folder: Path, config: MPTConfig, any_rows: bool) -> tuple[MPTConfig, dict[str, Tensor]]:
+def _read_sharded(folder: Path, config: MPTConfig, any_rows: bool) -> tuple[MPTConfig, Weights]:
     stored = ShardedTensors(folder)
-    inside = [name for name in stored if name.startswith(_SHARDED_PREFIX)]
+    inside = {name.removeprefix(_SHARDED_PREFIX): name for name in stored if name.startswith(_SHARDED_PREFIX)}
     if not inside:
         raise UserError(f"{folder}: holds no `{_SHARDED_PREFIX}*` tensors; it is no Composer checkpoint of a model.")
-    names = strip_wrappers(name.removeprefix(_SHARDED_PREFIX) for name in inside)
-    if config.tie_word_embeddings and "lm_head.weight" in names and "transformer.wte.weight" in names:
-        head, table = (stored.read(_SHARDED_PREFIX + names[n]) for n in ("lm_head.weight", "transformer.wte.weight"))
-        _drop_tied_head(head, table, folder)
-        del names["lm_head.weight"]
-    shapes = {own: stored.shape(_SHARDED_PREFIX + name) for own, name in names.items()}
-    config = _with_rows(config, shapes) if any_rows else config
-    check_shapes(config, shapes, str(folder))
-    return config, {own: stored.read(_SHARDED_PREFIX + name) for own, name in names.items()}
+    return _checked(Renamed(stored, inside), config, any_rows, folder)
 
 
-def _read_full(path: Path, config: MPTConfig, any_rows: bool) -> tuple[MPTConfig, dict[str, Tensor]]:
-    content = load_full(path)
-    state = content.get("state") if isinstance(content, dict) else None
-    state = state.get("model") if isinstance(state, dict) else content
-    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+def _read_full(path: Path, config: MPTConfig, any_rows: bool) -> tuple[MPTConfig, Weights]:
+    stored = open_torch_file(path, ("state", "model"), ())
+    if stored is None:
         raise UserError(f"{path}: holds neither a Composer checkpoint (['state']['model']) nor a plain state dict.")
-    tensors: dict[str, Tensor] = {own: state[name] for own, name in strip_wrappers(state).items()}
-    if config.tie_word_embeddings and "lm_head.weight" in tensors and "transformer.wte.weight" in tensors:
-        _drop_tied_head(tensors.pop("lm_head.weight"), tensors["transformer.wte.weight"], path)
-    shapes = {name: value.shape for name, value in tensors.items()}
-    config = _with_rows(config, shapes) if any_rows else config
-    check_shapes(config, shapes, str(path))
-    return config, tensors
+    return _checked(stored, config, any_rows, path)
 
 
-def _with_rows(config: MPTConfig, shapes: Mapping[str, torch.Size]) -> MPTConfig:
-    table = shapes.get("transformer.wte.weight")
-    return config if table is None else config.model_copy(update={"vocab_size": table[0]})
-
-
-def _drop_tied_head(head: Tensor, table: Tensor, where: Path) -> None:
-    if not torch.equal(head, table):
-        raise UserError(
-            f"{where}: holds an lm_head of its own, different from the embedding, but the config ties them; set "
-            "`tie_word_embeddings: false` in the model's recipe."
-        )
+def _checked(stored: Weights, config: MPTConfig, any_rows: bool, where: Path) -> tuple[MPTConfig, Weights]:
+    """By MPT's own names, and complete."""
+    weights = under_own_names(stored, config, str(where))
+    if any_rows and "transformer.wte.weight" in weights:
+        config = config.model_copy(update={"vocab_size": weights.shape("transformer.wte.weight")[0]})
+    check_shapes(config, weights.shapes(), str(where))
+    return config, weights

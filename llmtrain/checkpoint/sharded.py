@@ -2,7 +2,8 @@
 
 ``dcp.load`` wants the whole state (optimizer included), unpickles ``.metadata`` freely and, for its byte entries, runs
 ``torch.load(weights_only=False)``. Here a tensor is put together from its chunks when it is asked for: no process
-group, no GPU, no more memory than that tensor, and nothing but tensors is ever read.
+group, no GPU, no more memory than that tensor (and a chunk, where chunks are no whole rows), and nothing but tensors is
+ever read.
 """
 
 import io
@@ -13,11 +14,13 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
+from llmtrain.checkpoint.torch_file import Archive, UnknownLayoutError
 from llmtrain.checkpoint.unpickle import read_metadata
+from llmtrain.checkpoint.weights import Weights
 from llmtrain.errors import UserError
 
 
-class ShardedTensors:
+class ShardedTensors(Weights):
     """The tensors of a DCP folder by their flat name; each is read when asked for.
 
     Raises:
@@ -36,9 +39,22 @@ class ShardedTensors:
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
 
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.read(name)
+
     def shape(self, name: str) -> torch.Size:
         """Shape of the whole tensor; reads nothing."""
         return self._tensors[name].size
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Of one tensor; reads nothing."""
+        return self._tensors[name].properties.dtype
 
     def read(self, name: str) -> Tensor:
         """Put one tensor together from the chunks that the ranks wrote; on the CPU, in the dtype that was saved.
@@ -50,26 +66,30 @@ class ShardedTensors:
         whole = torch.empty(entry.size, dtype=entry.properties.dtype)
         covered = 0
         for chunk in entry.chunks:
-            part = self._read_chunk(MetadataIndex(name, chunk.offsets))
             ends = [offset + size for offset, size in zip(chunk.offsets, chunk.sizes, strict=True)]
             fits = len(ends) == whole.dim() and all(end <= size for end, size in zip(ends, whole.shape, strict=True))
-            if part.shape != chunk.sizes or part.dtype != whole.dtype or not fits:
-                raise UserError(
-                    f"{self.folder}: `{name}`: a chunk is {part.dtype} {tuple(part.shape)} where .metadata says "
-                    f"{whole.dtype} {tuple(chunk.sizes)} of {tuple(whole.shape)}; the checkpoint is damaged."
-                )
+            if not fits:
+                raise self._another_chunk(name, whole, None, chunk.sizes)
             target = whole
             for dim, (offset, size) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
                 target = target.narrow(dim, offset, size)
-            target.copy_(part)
-            covered += part.numel()
+            self._read_chunk(MetadataIndex(name, chunk.offsets), target)
+            covered += target.numel()
         if covered != whole.numel():
             raise UserError(
                 f"{self.folder}: `{name}`: {covered:,} of {whole.numel():,} values are there: the checkpoint is damaged"
             )
         return whole
 
-    def _read_chunk(self, index: MetadataIndex) -> Tensor:
+    def _another_chunk(self, name: str, wanted: Tensor, found: Tensor | None, sizes: torch.Size) -> UserError:
+        is_there = "beyond the tensor" if found is None else f"{found.dtype} {tuple(found.shape)}"
+        return UserError(
+            f"{self.folder}: `{name}`: a chunk is {is_there} where .metadata says {wanted.dtype} {tuple(sizes)} of "
+            f"{tuple(self._tensors[name].size)}; the checkpoint is damaged."
+        )
+
+    def _read_chunk(self, index: MetadataIndex, target: Tensor) -> None:
+        """Fill a part of the whole tensor with what one rank wrote."""
         info = (self._metadata.storage_data or {}).get(index)
         if info is None:
             raise UserError(f"{self.folder}: .metadata does not say where `{index.fqn}` at {index.offset} lies.")
@@ -79,16 +99,30 @@ class ShardedTensors:
                 f"{self.folder}/{name}: written with {', '.join(transforms)}, which is not supported; "
                 "save the checkpoint without extensions."
             )
+        path = self.folder / name
         try:
-            with (self.folder / name).open("rb") as file:
-                file.seek(info.offset)
-                content = io.BytesIO(file.read(info.length))
-            part = torch.load(content, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch reports a damaged archive in many ways
-            first_line = str(error).strip().splitlines()[0] if str(error).strip() else ""
-            raise UserError(
-                f"{self.folder}/{name}: `{index.fqn}` cannot be read ({type(error).__name__}: {first_line})."
-            ) from None
+            archive: Archive | None = (opened := Archive(path, info.offset, info.length))
+            part = opened.content
+        except UnknownLayoutError:  # torch itself may know it, or say what is wrong
+            archive = None
+            part = _load(path, info.offset, info.length, index.fqn)
         if not isinstance(part, Tensor):
-            raise UserError(f"{self.folder}/{name}: `{index.fqn}` is a {type(part).__name__} instead of a tensor.")
-        return part
+            raise UserError(f"{path}: `{index.fqn}` is a {type(part).__name__} instead of a tensor.")
+        if part.shape != target.shape or part.dtype != target.dtype:
+            raise self._another_chunk(index.fqn, target, part, target.shape)
+        if archive is None:
+            target.copy_(part)
+        elif target.is_contiguous():
+            archive.read(part, into=target)
+        else:
+            target.copy_(archive.read(part))
+
+
+def _load(path: Path, offset: int, length: int, name: str) -> object:
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            return torch.load(io.BytesIO(file.read(length)), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch reports a damaged archive in many ways
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        raise UserError(f"{path}: `{name}` cannot be read ({type(error).__name__}: {first_line}).") from None

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import ValidationError
-from torch import Tensor
 
 from llmtrain.checkpoint import manifest
 from llmtrain.checkpoint.hugging_face import is_hugging_face_folder, read_hf_folder
 from llmtrain.checkpoint.read import read_weights, recipe_of
 from llmtrain.checkpoint.resolve import locate, run_folder
+from llmtrain.checkpoint.weights import Weights
 from llmtrain.errors import UserError
 from llmtrain.model.config import MPTConfig
 from llmtrain.tokenizer import TokenizerConfig, fingerprint
@@ -25,14 +25,14 @@ class Source:
     path: Path
     """The checkpoint that was chosen, or the Hugging Face folder."""
     config: MPTConfig
-    weights: dict[str, Tensor]
-    """By MPT's names, on the CPU, in the dtype that was saved."""
+    weights: Weights
+    """By MPT's names, on the CPU, in the dtype that was saved; each is read when it is asked for."""
     tokenizer: TokenizerConfig | None
     """Where its tokenizer is (a folder or a hub name), or None when nothing says so."""
 
 
 def open_source(path: Path, recipe: Path | None = None) -> Source:
-    """Read a model from a run, a checkpoint, a ``.pt`` file or a Hugging Face folder.
+    """Open a model in a run, a checkpoint, a ``.pt`` file or a Hugging Face folder.
 
     Args:
         path: Anything of those; a run means its newest complete checkpoint.

@@ -108,6 +108,22 @@ def load_object(content: io.BytesIO, name: str) -> Any:
             raise UserError(f"{name}: cannot be read: damaged ({type(error).__name__}: {error})") from None
 
 
+def load_pickle(content: io.BytesIO, storage: Callable[[tuple[Any, ...]], Any]) -> Any:
+    """Only the pickle of what ``torch.save`` wrote, with the list of :func:`load_full`.
+
+    Args:
+        content: the archive's ``data.pkl``.
+        storage: gives the storage for the identity that stands in the pickle.
+
+    Raises:
+        Exception: nearly any, when the pickle is damaged or names a global outside the list; nothing was run.
+    """
+    with torch.serialization.safe_globals(_full_checkpoint_globals()):
+        unpickler: Any = torch._weights_only_unpickler.Unpickler(content, encoding="utf-8")
+        unpickler.persistent_load = storage
+        return unpickler.load()
+
+
 def _refusal(name: str, file: str | io.BytesIO, error: Exception) -> str:
     unsafe: list[str] = []
     with contextlib.suppress(Exception):

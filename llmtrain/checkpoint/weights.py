@@ -79,12 +79,15 @@ class InMemory(Weights):
         return name in self._tensors
 
     def shape(self, name: str) -> torch.Size:
+        """Of one tensor; reads nothing."""
         return self._tensors[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
+        """Of one tensor; reads nothing."""
         return self._tensors[name].dtype
 
     def same_place(self, one: str, other: str) -> bool:
+        """Whether two names are known to mean the same bytes."""
         return one == other or self._tensors[one] is self._tensors[other]
 
 
@@ -113,12 +116,15 @@ class Renamed(Weights):
         return name in self._names
 
     def shape(self, name: str) -> torch.Size:
+        """Of one tensor; reads nothing."""
         return self._inner.shape(self._names[name])
 
     def dtype(self, name: str) -> torch.dtype:
+        """Of one tensor; reads nothing."""
         return self._inner.dtype(self._names[name])
 
     def same_place(self, one: str, other: str) -> bool:
+        """Whether two names are known to mean the same bytes."""
         return self._inner.same_place(self._names[one], self._names[other])
 
 
@@ -150,12 +156,15 @@ class Joined(Weights):
         return name in self._parts
 
     def shape(self, name: str) -> torch.Size:
+        """Of one tensor; reads nothing."""
         return self._parts[name].shape(name)
 
     def dtype(self, name: str) -> torch.dtype:
+        """Of one tensor; reads nothing."""
         return self._parts[name].dtype(name)
 
     def same_place(self, one: str, other: str) -> bool:
+        """Whether two names are known to mean the same bytes."""
         return self._parts[one] is self._parts[other] and self._parts[one].same_place(one, other)
 
 
@@ -170,3 +179,15 @@ def equal(weights: Weights, one: str, other: str) -> bool:
     if weights.shape(one) != weights.shape(other):
         return False
     return weights.same_place(one, other) or torch.equal(weights[one], weights[other])
+
+
+def fill(parameters: Mapping[str, Tensor], weights: Weights) -> None:
+    """Copy weights into a model's state dict, one tensor at a time, so that they are never there twice.
+
+    Args:
+        parameters: `model.state_dict()`, of the same names and shapes, in any dtype and on any device.
+        weights: What they become.
+    """
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])

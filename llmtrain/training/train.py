@@ -8,6 +8,7 @@ from composer import Trainer
 from composer.utils import dist
 
 from llmtrain.checkpoint.pretrained import read_pretrained
+from llmtrain.checkpoint.weights import fill
 from llmtrain.errors import UserError
 from llmtrain.hf_model.build import build
 from llmtrain.hf_model.checkpoint import read_tensors
@@ -191,7 +192,7 @@ def build_model(recipe: Recipe, sharding: ShardingPlan, weights: Path | None, *,
         return build_hf_model(recipe, where, weights, n_tokens)
     model = MPT(recipe.model, device=where)
     if weights is not None and where != "meta":
-        model.load_state_dict(read_pretrained(weights, recipe.model))
+        fill(model.state_dict(), read_pretrained(weights, recipe.model))
     return LanguageModel(model, recipe.model)
 
 
