@@ -11,7 +11,7 @@ from rich.text import Text
 
 _SECONDS_BETWEEN_LINES = 5.0
 
-Unit = Literal["bytes", "tokens"]
+Unit = Literal["bytes", "tokens", "sequences"]
 Advance = Callable[[int], None]
 """Call it with how much was done since the last call."""
 
