@@ -210,11 +210,43 @@ class LossByPositionConfig(Config):
     """Evaluations in the picture: the first one and the latest. The JSON file has all of them."""
 
 
+class HFCheckpointerConfig(Config):
+    """Exports while training goes on, and at its end: what `llmtrain export` writes, proven like it.
+
+    The training waits for the copy out of the device only. An export that fails does not stop it, but the run then
+    exits with 1 at its end.
+    """
+
+    ADVICE: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("mlflow_registered_model_name", "mlflow_logging_config", "final_register_only", "register_wait_seconds"),
+        "MLflow's registry is not used. Register the exported folder with `mlflow.transformers`, or set `push`.",
+    )
+
+    save_folder: str
+    """Exports go to `huggingface/NAME` in it; `{run_name}` is filled in. A URL (s3, gs, azure, sftp) is pushed to; of
+    `hf://USER/REPOSITORY`, the repository holds the newest export."""
+    save_interval: Interval
+    """How often; a plain number counts epochs. The end of the run is always exported."""
+    huggingface_folder_name: str = "ba{batch}"
+    """Name of an export. Placeholders: `{batch}`, `{epoch}`, `{token}`, `{run_name}`, ..."""
+    precision: Literal["float32", "float16", "bfloat16"] = "float32"
+    """dtype of the weights."""
+    overwrite: bool = True
+    """Replace exports of an earlier run that have the same name. (A resumed run leaves its own as they are.)"""
+    with_code: bool = False
+    """Put one Python file of ours beside the weights where no class of transformers computes the model; such an export
+    opens with `trust_remote_code=True` only. (llmtrain's own.)"""
+    push: str | None = None
+    """A folder or URL that each export is copied to as well, as `PUSH/NAME`; `hf://USER/REPOSITORY` as above.
+    (llmtrain's own.)"""
+    flatten_imports: tuple[str, ...] = ("llmfoundry",)
+    """Accepted for old recipes; means nothing."""
+
+
 class CallbacksConfig(NamedBlocks):
     """Callbacks by name."""
 
     ADVICE: ClassVar[Mapping[str, str]] = {
-        "hf_checkpointer": "Exports during a run come later. Use `llmtrain export RUN OUT` on any checkpoint.",
         "mono_checkpoint_saver": "Not needed: `llmtrain export` reads sharded checkpoints. Remove it.",
         "eval_output_logging": "Comes later, with the evaluation tasks. Remove it for now.",
         "eval_gauntlet": "Comes later, with the evaluation tasks. Remove it for now.",
@@ -249,6 +281,8 @@ class CallbacksConfig(NamedBlocks):
     """Samples from fixed prompts."""
     loss_by_position: LossByPositionConfig | None = None
     """Loss by position in the window."""
+    hf_checkpointer: HFCheckpointerConfig | None = None
+    """Exports during the run."""
 
 
 def callback_classes() -> "dict[str, type[Callback]]":
@@ -256,6 +290,7 @@ def callback_classes() -> "dict[str, type[Callback]]":
     from composer import callbacks
 
     from llmtrain.training.generate_callback import GenerateCallback
+    from llmtrain.training.hf_checkpointer import HuggingFaceCheckpointer
     from llmtrain.training.loss_by_position import LossByPositionCallback
     from llmtrain.training.optimizer_monitor import OptimizerMonitor
     from llmtrain.training.scheduled_gc import ScheduledGC
@@ -274,6 +309,7 @@ def callback_classes() -> "dict[str, type[Callback]]":
         "scheduled_gc": ScheduledGC,
         "generate_callback": GenerateCallback,
         "loss_by_position": LossByPositionCallback,
+        "hf_checkpointer": HuggingFaceCheckpointer,
     }
 
 

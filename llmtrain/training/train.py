@@ -29,6 +29,7 @@ from llmtrain.training.console import Console
 from llmtrain.training.data import Loaders, open_tokenizer
 from llmtrain.training.fsdp import ShardingPlan, translate
 from llmtrain.training.gradient_check import check_gradient_average
+from llmtrain.training.hf_checkpointer import exporters, failed_exports
 from llmtrain.training.language_model import LanguageModel
 from llmtrain.training.length_warmup import LengthWarmup
 from llmtrain.training.loggers import build_loggers
@@ -44,7 +45,7 @@ def train(recipe: Recipe) -> int:
     """Trains a recipe on all ranks of this launch; continues from the run's newest complete checkpoint.
 
     Returns:
-        0: finished, now or before. 143: stopped by SIGTERM, after a checkpoint.
+        0: finished, now or before. 1: so, but an export failed. 143: stopped by SIGTERM, after a checkpoint.
 
     Raises:
         UserError: something that the user can mend, before the first step.
@@ -53,7 +54,7 @@ def train(recipe: Recipe) -> int:
     start = resume.find(recipe)
     if start.finished:
         environment.say(f"{recipe.run_name} is complete at step {start.step}; nothing to do.")
-        return 0
+        return last_export_made_up(recipe, start)
     trainer = assemble(recipe, start, device)
     try:
         if recipe.eval_first and trainer.state.timestamp.batch == 0 and trainer.state.evaluators:
@@ -67,7 +68,7 @@ def train(recipe: Recipe) -> int:
         trainer.engine.close()  # trainer.close() would wait for the other ranks, which may be waiting for this one
         raise
     trainer.close()
-    return 0
+    return failed_exports(trainer.state.callbacks)
 
 
 def assemble(recipe: Recipe, start: resume.StartingPoint, device: torch.device) -> Trainer:
@@ -107,12 +108,15 @@ def assemble(recipe: Recipe, start: resume.StartingPoint, device: torch.device) 
         attention=environment.attention_kernel(model, device, precision),
     )
     preemption = Preemption(saver)
+    built = build_callbacks(recipe.callbacks, tokenizer, run.path, conversations=bool(recipe.finetuning_loaders()))
+    for exporter in exporters(built):
+        exporter.attach(recipe, run.path, fingerprint_of(tokenizer), lambda: preemption.received)
     restore_rng = composer_adapter.RestoreRNG()
     # The order matters: the random state is restored first; a stop saves before the saver looks whether it is due.
     callbacks = [
         restore_rng,
         *([warmup] if warmup else []),
-        *build_callbacks(recipe.callbacks, tokenizer, run.path, conversations=bool(recipe.finetuning_loaders())),
+        *built,
         *source_callbacks(train_data, evaluators),
         preemption,
         *([saver] if saver else []),

@@ -1,0 +1,92 @@
+"""Weights of a running training, whole, on rank 0's host: one tensor at a time."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.tensor import DTensor
+
+from llmtrain.checkpoint.snapshot import Snapshot
+from llmtrain.model.config import MPTConfig
+from llmtrain.training.agreement import from_rank_zero
+from llmtrain.training.language_model import LanguageModel
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass
+class Gathered:
+    """What rank 0 has."""
+
+    snapshot: Snapshot | None = None
+    problem: str | None = None
+    """Why it is of no use."""
+
+    def close(self) -> None:
+        """Lets go of the memory."""
+        if self.snapshot is not None:
+            self.snapshot.close()
+
+
+def gather(model: Any, dtype: str, folder: Path | None) -> Gathered:
+    """Copies all weights into a snapshot on rank 0 (a collective call).
+
+    Args:
+        model: the trainer's, sharded or not.
+        dtype: what an MPT's weights are cast to, on the device that they lie on.
+        folder: where rank 0 makes the snapshot; None elsewhere.
+
+    Returns:
+        What rank 0 has; nothing on the other ranks.
+    """
+    state = get_model_state_dict(model)
+    # Adapters are merged before they are cast; only an MPT's weights are final.
+    wanted = DTYPES[dtype] if _is_mpt(model) else None
+    made = Gathered()
+
+    def allocate() -> str | None:
+        if folder is None:
+            return None
+        shapes = {name: (value.shape, _target_dtype(value, wanted)) for name, value in state.items()}
+        try:
+            made.snapshot = Snapshot(folder, shapes)
+        except (OSError, RuntimeError, MemoryError) as error:
+            made.problem = f"there is no memory on rank 0 for a copy of the weights: {error}"
+        return made.problem
+
+    if from_rank_zero(allocate) is not None:
+        return made
+    for name, value in state.items():
+        whole = _whole(value, _target_dtype(value, wanted))
+        if made.snapshot is None:
+            continue
+        if made.problem is None and not torch.isfinite(whole).all():
+            made.problem = f"`{name}` holds NaN or infinity in {dtype}: " + (
+                "it overflows in the cast, or the training broke; take bfloat16 or float32."
+                if dtype == "float16"
+                else "the training broke."
+            )
+        made.snapshot.tensors[name].copy_(whole)
+    return made
+
+
+def _is_mpt(model: Any) -> bool:
+    inner = getattr(model, "module", model)  # within DDP
+    return isinstance(inner, LanguageModel) and isinstance(inner.config, MPTConfig)
+
+
+def _target_dtype(value: Tensor, wanted: torch.dtype | None) -> torch.dtype:
+    return wanted if wanted is not None and value.is_floating_point() else value.dtype
+
+
+def _whole(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """One tensor, gathered; cast before on a GPU, where a narrower dtype halves what travels."""
+    if not isinstance(value, DTensor):
+        return value.detach().to(dtype)
+    shards = value.detach()
+    if shards.device.type == "cuda":
+        shards = shards.to(dtype)
+    return shards.full_tensor().to(dtype)

@@ -1,0 +1,300 @@
+"""Exports while training goes on: it waits for the copy out of the device, and for nothing else."""
+
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer import Callback, Event, Logger, State
+from composer.callbacks.checkpoint_saver import create_interval_scheduler
+from composer.core import Timestamp
+from composer.utils import dist
+
+from llmtrain.checkpoint.resolve import checkpoints_in
+from llmtrain.recipe.recipe import Recipe
+from llmtrain.training.agreement import from_rank_zero
+from llmtrain.training.background_export import BackgroundExport
+from llmtrain.training.export_place import ExportPlace
+from llmtrain.training.gather import Gathered, gather
+from llmtrain.training.preemption import Preempted
+from llmtrain.training.resume import StartingPoint
+from llmtrain.training.resume import save_folder as checkpoints_of
+
+_TURN = 5.0
+"""Seconds between collectives while all ranks wait for an export: far below `dist_timeout`."""
+
+
+class HuggingFaceCheckpointer(Callback):  # type: ignore[misc]
+    """Exports every so often, and at the end of the training, in a process of its own on rank 0.
+
+    Weights are gathered from their shards tensor by tensor; rank 0 copies each into memory that the process maps. The
+    process writes, proves and renames as `llmtrain export` does. One runs at a time. An export that fails does not
+    stop the training; it is told at once, and again at the end of the run, which then exits with 1.
+
+    Args:
+        save_folder: exports go to `save_folder/huggingface/NAME`; a URL is pushed to.
+        save_interval: Composer time string, e.g. `1000ba`.
+        huggingface_folder_name: NAME, with Composer's placeholders.
+        precision: dtype of the weights that are written.
+        overwrite: replace what an earlier run exported under the same name.
+        with_code: put our modelling file beside the weights where no class of transformers computes the model.
+        push: where each export is copied to as well.
+        flatten_imports: means nothing.
+    """
+
+    def __init__(
+        self,
+        save_folder: str,
+        save_interval: str | int,
+        huggingface_folder_name: str = "ba{batch}",
+        precision: str = "float32",
+        overwrite: bool = True,
+        with_code: bool = False,
+        push: str | None = None,
+        flatten_imports: tuple[str, ...] = ("llmfoundry",),
+    ) -> None:
+        self.precision, self.overwrite, self.with_code = precision, overwrite, with_code
+        self._given = (save_folder, huggingface_folder_name, push)
+        self._is_due = create_interval_scheduler(save_interval)
+        self._last: int | None = None
+        self._running: BackgroundExport | None = None
+        self._unfinished: list[dict[str, Any]] = []
+        self._stall = 0.0
+        self.failures: list[str] = []
+        """What went wrong, on rank 0."""
+
+    def attach(
+        self, recipe: Recipe, run: Path, tokenizer_fingerprint: str | None, stop_asked: Callable[[], bool]
+    ) -> None:
+        """What it needs to know of the run; called before the training.
+
+        Args:
+            recipe: the run's.
+            run: its folder.
+            tokenizer_fingerprint: of its tokenizer.
+            stop_asked: whether this rank has received SIGTERM.
+        """
+        self.place = ExportPlace.of(*self._given, recipe.run_name, run)
+        self.run, self._checkpoints, self._stop_asked = run, checkpoints_of(recipe), stop_asked
+        self._record = {"recipe": recipe.model_dump(mode="json"), "tokenizer_fingerprint": tokenizer_fingerprint}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The exports that were not finished when a checkpoint was saved: a resumed run makes them up."""
+        return {"unfinished": list(self._unfinished)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._unfinished = list(state.get("unfinished", []))
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """Looks whether exports can be written at all, and makes up those that a stop has cut off.
+
+        Raises:
+            UserError: they cannot, or another run's stand there and may not be replaced.
+        """
+        step = int(state.timestamp.batch)
+        from_rank_zero(lambda: self.place.prepare(fresh=step == 0, overwrite=self.overwrite))
+        cut_off, self._unfinished = self._unfinished, []
+        for export in cut_off:
+            if export["step"] == step:
+                self.export(state)
+            else:
+                self._make_up(**export)
+
+    def batch_checkpoint(self, state: State, logger: Logger) -> None:
+        if self._running is not None and self._running.ended():
+            self._report()
+        if self._is_due(state, Event.BATCH_CHECKPOINT):
+            self.export(state)
+
+    def epoch_checkpoint(self, state: State, logger: Logger) -> None:
+        if self._is_due(state, Event.EPOCH_CHECKPOINT):
+            self.export(state)
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        """Exports what has not been exported yet, and waits.
+
+        Raises:
+            Preempted: on all ranks: SIGTERM came while they waited.
+        """
+        if int(state.timestamp.batch) > 0:
+            self.export(state)
+        if not self._wait("before the run ends"):
+            raise Preempted
+
+    def close(self, state: State, logger: Logger) -> None:
+        """Ends a process that still runs: after a stop or a mistake."""
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._running is not None:
+            _say(f"export      {self._running.target} was stopped; a resumed run makes it up where it can")
+            self._running.stop()
+            self._running = None
+
+    def export(self, state: State) -> None:
+        """Copies the weights now, on all ranks (a collective call), and has them written in the background."""
+        step, epoch = int(state.timestamp.batch), int(state.timestamp.epoch)
+        if self._last == step:
+            return
+        self._last = step
+        name = self.place.name(state.run_name, state.timestamp)
+        going_on = self._wait("before the next one is copied")
+        self._unfinished.append({"step": step, "name": name})
+        if not going_on:  # a checkpoint of this very step is about to be saved, and the resumed run exports it
+            return
+        started = time.monotonic()
+        background = BackgroundExport() if dist.get_global_rank() == 0 else None
+        snapshot = background.checkpoint(self.run, f"ep{epoch}-ba{step}") if background is not None else None
+        gathered = gather(state.model, self.precision, snapshot)
+        self._stall = time.monotonic() - started
+        seal = {**self._record, "step": step, "tokens": int(state.timestamp.token)}
+        self._start(background, gathered, name, source=str(snapshot), seal=seal)
+
+    def _start(self, background: BackgroundExport | None, gathered: Gathered | None, name: str, **request: Any) -> None:
+        """Starts the process on rank 0."""
+        if background is None:
+            return
+        self._running = background
+        background.target = self.place.folder / name
+        try:
+            if gathered is not None and gathered.problem is not None:
+                raise ValueError(gathered.problem)
+            background.start(
+                gathered.snapshot if gathered is not None else None,
+                target=str(background.target.absolute()),
+                dtype=self.precision,
+                overwrite=self.overwrite,
+                with_code=self.with_code,
+                push=self.place.destinations(name),
+                keep=self.place.keep,
+                **request,
+            )
+        except (OSError, ValueError) as error:
+            if gathered is not None:
+                gathered.close()
+            self._failed(str(error))
+            background.stop()
+            self._running = None
+
+    def _make_up(self, step: int, name: str) -> None:
+        """Exports a checkpoint of the run, in place of the weights that were cut off with the process."""
+        self._wait("before the next one begins")
+        if dist.get_global_rank() > 0 or self._checkpoints is None:
+            return
+        for info in checkpoints_in(self._checkpoints):
+            if info.step == step and info.problem is None:
+                self._stall = 0.0
+                self._unfinished.append({"step": step, "name": name})
+                self._start(BackgroundExport(), None, name, source=str(info.path.absolute()))
+                return
+        _say(f"export      {name} was cut off by the stop, and there is no checkpoint of its step to make it up from")
+
+    def _wait(self, why: str) -> bool:
+        """All ranks wait for the export that is under way (a collective call); False: SIGTERM has stopped it."""
+        said = False
+        while True:
+            ended = self._running is None or self._running.ended(_TURN if said else 0.0)
+            flags = torch.tensor([int(not ended), int(self._stop_asked())], dtype=torch.int32)
+            flags = flags.to(_collective_device())
+            dist.all_reduce(flags, reduce_operation="MAX")
+            running, stop = flags.tolist()
+            if not running:
+                self._report()
+                return not stop
+            if stop:
+                self._stop()
+                return False
+            if not said and self._running is not None:
+                _say(f"export      waiting for {self._running.target} {why}")
+            said = True
+
+    def _report(self) -> None:
+        """What became of the export that has ended; on rank 0, the others only forget it."""
+        running, self._running = self._running, None
+        if dist.get_global_rank() > 0:
+            self._unfinished = []
+        if running is None:
+            return
+        answer = running.answer()
+        self._unfinished = [one for one in self._unfinished if one["name"] != running.target.name]
+        if answer.problem is not None:
+            self._failed(answer.problem)
+            return
+        waited = f"training waited {self._stall + running.waited:.2f} s"
+        what = "is there already" if answer.done_before else f"({answer.size / 1e6:,.1f} MB, proven; "
+        what += f"; {waited}" if answer.done_before else f"{answer.seconds:.1f} s in the background; {waited})"
+        _say(f"export      {running.target}  {what}")
+
+    def _failed(self, problem: str) -> None:
+        self.failures.append(problem)
+        _say(f"export      FAILED; training goes on. {problem}")
+
+
+def _collective_device() -> torch.device:
+    on_gpu = torch.cuda.is_available() and torch.distributed.is_initialized()
+    on_gpu = on_gpu and "nccl" in torch.distributed.get_backend()
+    return torch.device("cuda" if on_gpu else "cpu")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def exporters(callbacks: Iterable[Any]) -> list[HuggingFaceCheckpointer]:
+    """Those among a run's callbacks."""
+    return [one for one in callbacks if isinstance(one, HuggingFaceCheckpointer)]
+
+
+def failed_exports(callbacks: Iterable[Any]) -> int:
+    """The exit code that exports leave a run with, told once (a collective call): 1 if one failed, else 0."""
+    failures = from_rank_zero(lambda: [problem for one in exporters(callbacks) for problem in one.failures])
+    if failures and dist.get_global_rank() == 0:
+        _say(f"error: {len(failures)} export(s) failed (the training itself is complete, and its checkpoints are):")
+        for problem in failures:
+            _say(f"  {problem}")
+        _say("`llmtrain export CHECKPOINT OUT` makes them from checkpoints.")
+    return 1 if failures else 0
+
+
+def last_export_made_up(recipe: Recipe, start: StartingPoint) -> int:
+    """Makes the last export of a run that was stopped between its last checkpoint and the end of that export.
+
+    Returns:
+        0: it is there, or the run has no exports. 1: it cannot be made.
+    """
+    settings = recipe.callbacks.hf_checkpointer if recipe.callbacks is not None else None
+    if settings is None or start.load_path is None or dist.get_global_rank() > 0:
+        return 0
+    place = ExportPlace.of(
+        settings.save_folder,
+        settings.huggingface_folder_name,
+        settings.push,
+        recipe.run_name,
+        Path("runs") / recipe.run_name,
+    )
+    checkpoint = Path(start.load_path)
+    checkpoint = checkpoint.parent if checkpoint.is_file() else checkpoint
+    info = next(one for one in checkpoints_in(checkpoint.parent) if one.path.name == checkpoint.name)
+    tokens = info.manifest.tokens if info.manifest is not None else 0
+    name = place.name(recipe.run_name, Timestamp(epoch=max(info.epoch, 0), batch=info.step, token=tokens))
+    if not place.keep or (place.folder / name).exists():  # what is only sent elsewhere cannot be looked for here
+        return 0
+    place.prepare(fresh=False, overwrite=settings.overwrite)
+    _say(f"export      {place.folder / name} is missing: it is made from {checkpoint}")
+    background = BackgroundExport()
+    background.start(
+        None,
+        source=str(checkpoint.absolute()),
+        target=str((place.folder / name).absolute()),
+        dtype=settings.precision,
+        overwrite=settings.overwrite,
+        with_code=settings.with_code,
+        push=place.destinations(name),
+    )
+    while not background.ended(1.0):
+        pass
+    answer = background.answer()
+    _say(f"export      {f'FAILED. {answer.problem}' if answer.problem else place.folder / name}")
+    return 0 if answer.problem is None else 1
