@@ -1,8 +1,8 @@
 """A full checkpoint that lies in memory: how weights of a running training get to the process that exports them.
 
 The file is what ``torch.save`` would write, but its tensors are mapped and filled one at a time, so that the weights
-are in memory once. Where the system has anonymous files (Linux: ``memfd_create``) it is one of those: no disk is written,
-`/dev/shm` is not needed, and the memory is free again when the last process has closed it, however that ended.
+are in memory once. Where the system has anonymous files (Linux: ``memfd_create``) it is one of those: no disk is
+written, `/dev/shm` is not needed, and the memory is free again when the last process has closed it, however that ended.
 """
 
 import mmap

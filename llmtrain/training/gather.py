@@ -42,7 +42,7 @@ def gather(model: Any, dtype: str, folder: Path | None) -> Gathered:
     Returns:
         What rank 0 has; nothing on the other ranks.
     """
-    state = get_model_state_dict(model)
+    state: dict[str, Any] = get_model_state_dict(model)
     # Adapters are merged before they are cast; only an MPT's weights are final.
     wanted = DTYPES[dtype] if _is_mpt(model) else None
     made = Gathered()
@@ -84,9 +84,10 @@ def _target_dtype(value: Tensor, wanted: torch.dtype | None) -> torch.dtype:
 
 def _whole(value: Tensor, dtype: torch.dtype) -> Tensor:
     """One tensor, gathered; cast before on a GPU, where a narrower dtype halves what travels."""
-    if not isinstance(value, DTensor):
+    shards: Any = value.detach()
+    if not isinstance(shards, DTensor):
         return value.detach().to(dtype)
-    shards = value.detach()
     if shards.device.type == "cuda":
         shards = shards.to(dtype)
-    return shards.full_tensor().to(dtype)
+    whole: Tensor = shards.full_tensor()
+    return whole.to(dtype)
