@@ -165,11 +165,36 @@ def export(
     adapter_only: Annotated[
         bool, typer.Option(help="Of a LoRA run, the adapters alone; merged when left out.")
     ] = False,
+    with_code: Annotated[
+        bool,
+        typer.Option(
+            "--with-code", help="Allow a modelling file of ours, where no class of transformers is the model."
+        ),
+    ] = False,
+    weights_format: Annotated[str, typer.Option(help="safetensors, or bin for what reads nothing else.")] = (
+        "safetensors"
+    ),
+    max_shard_size: Annotated[str, typer.Option(help="Largest weights file: 5GB, 500MB, 2GiB.")] = "5GB",
+    license: Annotated[
+        str | None, typer.Option(help="For the model card; the recipe's metadata.license when left out.")
+    ] = None,
 ) -> None:
     """Write a checkpoint as a Hugging Face folder for plain transformers, and prove that it is the same model."""
     from llmtrain.checkpoint.export import export as run
 
-    print(run(source, target, dtype=dtype, recipe=recipe, overwrite=overwrite, adapter_only=adapter_only))
+    report = run(
+        source,
+        target,
+        dtype=dtype,
+        recipe=recipe,
+        overwrite=overwrite,
+        adapter_only=adapter_only,
+        with_code=with_code,
+        weights_format=weights_format,  # type: ignore[arg-type]  # checked there
+        max_shard_size=max_shard_size,
+        license=license,
+    )
+    print(report)
 
 
 @app.command("eval")

@@ -1,29 +1,30 @@
 """``llmtrain export``: a training checkpoint becomes a Hugging Face folder, proven equal before it appears."""
 
 import json
-import os
-import shutil
-import uuid
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import get_args
 
-import torch
 import xxhash
-from torch import Tensor
+from rich.console import Console
 
 from llmtrain.checkpoint import manifest
+from llmtrain.checkpoint.cast import DTYPES, Cast
 from llmtrain.checkpoint.compare import compare_with_transformers
-from llmtrain.checkpoint.hugging_face import is_hugging_face_folder, write_hf_folder
-from llmtrain.checkpoint.layouts import choose_layout
+from llmtrain.checkpoint.hugging_face import MAX_SHARD_SIZE, is_hugging_face_folder, write_hf_folder
+from llmtrain.checkpoint.layouts import Layout, choose_layout
+from llmtrain.checkpoint.model_card import CARD, CardFacts, model_card
+from llmtrain.checkpoint.read import recipe_of
 from llmtrain.checkpoint.resolve import locate
 from llmtrain.checkpoint.source import Source, open_source
-from llmtrain.checkpoint.weights import InMemory
+from llmtrain.checkpoint.staging import move_into_place, staging
+from llmtrain.checkpoint.weights_files import WeightsFormat, size_in_bytes
 from llmtrain.errors import UserError
 from llmtrain.hf_model.export import Written, write_adapters, write_merged
 from llmtrain.hf_model.source import open_hf
+from llmtrain.progress import progress
 from llmtrain.tokenizer import TokenizerConfig, load_tokenizer, save_tokenizer
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 RECORD = "llmtrain_export.json"
 """Beside the weights: which checkpoint they are, and how that was proven."""
 _SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -51,6 +52,11 @@ class ExportReport:
     """Whether a tokenizer was written."""
     adapters: bool = False
     """Whether it is adapters alone, for PEFT."""
+    weights_format: str = "safetensors"
+    layout: str | None = "mpt"
+    """Of which of transformers' classes it is; None for a model that is no MPT."""
+    reason: str | None = None
+    """Why it is not plain MPT."""
     done_before: bool = False
     """The target held this very export already; nothing was written."""
 
@@ -61,6 +67,7 @@ class ExportReport:
             else f"Exported {self.source} to {self.target}",
             f"  {self.parameters:,} parameters in {self.dtype}, {self.size / 1e6:,.1f} MB"
             + ("" if self.tokenizer else "; WITHOUT a tokenizer: none is known for this checkpoint"),
+            *([f"  {self.reason}"] if self.reason else []),
             f"  opened by {'PEFT on the base model' if self.adapters else 'plain transformers: all tensors equal'}, "
             f"logits within {self.max_difference:.1e} "
             f"(allowed: {self.tolerance:.1e}) at {self.positions} positions, {self.tokens} greedy tokens equal",
@@ -75,14 +82,18 @@ def export(
     dtype: str = "float32",
     overwrite: bool = False,
     recipe: Path | None = None,
-    max_shard_size: int | str = "5GB",
+    max_shard_size: int | str = MAX_SHARD_SIZE,
     adapter_only: bool = False,
+    with_code: bool = False,
+    weights_format: WeightsFormat = "safetensors",
+    license: str | None = None,
 ) -> ExportReport:
     """Write a Hugging Face folder that plain ``AutoModelForCausalLM.from_pretrained`` opens, and prove it.
 
     Everything is written into a hidden folder beside the target, opened there by transformers and compared with the
     source (:mod:`llmtrain.checkpoint.compare`); only then is it renamed. On any failure nothing is left. An export that
-    stands there already is left as it is.
+    stands there already is left as it is. An MPT is read, written and compared tensor by tensor, so it never has to fit
+    into memory.
 
     Args:
         source: A run, its ``checkpoints/`` folder, a checkpoint, ``latest``, a ``.pt`` file, or a Hugging Face folder.
@@ -93,66 +104,116 @@ def export(
         max_shard_size: Largest weights file, in bytes or as text.
         adapter_only: Write the adapters of a LoRA run alone (adapter_config.json, adapter_model.safetensors) instead of
             merging them into the weights.
+        with_code: Allow a modelling file of ours beside the weights, where no class of transformers expresses the
+            model; the folder then opens with ``trust_remote_code=True`` only.
+        weights_format: ``safetensors``, or ``bin`` for software that reads nothing else.
+        license: For the model card; ``metadata.license`` of the recipe when left out.
 
     Raises:
-        UserError: the source cannot be read, transformers' MPT cannot express it, the target is taken, the weights do
-            not survive the cast, or the comparison finds a difference.
+        UserError: the source cannot be read, no layout can express it, the target is taken, the weights do not survive
+            the cast, or the comparison finds a difference.
     """
     name = _SHORT.get(dtype, dtype)
     if name not in DTYPES:
         raise UserError(f"--dtype {dtype}: use one of {', '.join(DTYPES)}.")
-    if (before := _done_before(source, target, name, adapter_only)) is not None:
+    if weights_format not in get_args(WeightsFormat):
+        raise UserError(f"--weights-format {weights_format}: use one of {', '.join(get_args(WeightsFormat))}.")
+    size_in_bytes(max_shard_size)
+    if (before := _done_before(source, target, name, adapter_only, weights_format)) is not None:
         return before
     _refuse_taken(target, overwrite)
     hugging_face = open_hf(source, recipe)
-    if adapter_only and hugging_face is None:
+    if hugging_face is None and adapter_only:
         raise UserError(f"{source}: --adapter-only is for runs with `model.peft_config`; this is an MPT.")
+    if hugging_face is not None and weights_format != "safetensors":
+        raise UserError(f"{source}: --weights-format {weights_format} is for MPT; other models get safetensors.")
     opened = hugging_face or open_source(source, recipe)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = target.parent / f".{target.name}.exporting-{uuid.uuid4().hex[:8]}"
-    staging.mkdir()
-    try:
-        (staging / "out").mkdir()
+    layout: Layout | None = None
+    need = 0
+    if isinstance(opened, Source):
+        layout = choose_layout(opened.config, with_code=with_code, where=str(opened.path))
+        need = sum(opened.weights.shape(each).numel() for each in opened.weights) * DTYPES[name].itemsize
+    with staging(target, "exporting", need) as folder:
+        out = folder / "out"
+        out.mkdir()
         if isinstance(opened, Source):
-            made = _write_mpt(opened, staging, name, max_shard_size)
+            assert layout is not None
+            made = _write_mpt(opened, layout, folder, name, max_shard_size, weights_format)
         elif adapter_only:
-            made = write_adapters(opened, staging / "out", dtype=name)
+            made = write_adapters(opened, out, dtype=name)
         else:
-            made = write_merged(opened, staging / "out", dtype=name, max_shard_size=max_shard_size)
+            made = write_merged(opened, out, dtype=name, max_shard_size=max_shard_size)
         if made.comparison.problems:
             raise UserError(
                 f"{opened.path} was NOT exported: transformers opens the result as another function. "
                 + "; ".join(made.comparison.problems)
             )
-        size = sum(file.stat().st_size for file in (staging / "out").iterdir())
+        facts = CardFacts(
+            made.parameters,
+            name,
+            made.comparison.max_difference,
+            made.comparison.tolerance,
+            made.comparison.positions,
+            made.comparison.tokens,
+            tokenizer=made.tokenizer,
+            adapters=adapter_only,
+        )
+        card = model_card(
+            opened.path,
+            layout=layout,
+            config=opened.config if isinstance(opened, Source) else None,
+            facts=facts,
+            name=target.name,
+            recipe=None if is_hugging_face_folder(opened.path) else recipe_of(opened.path, recipe),
+            license=license,
+        )
+        (out / CARD).write_text(card, encoding="utf-8")
         report = ExportReport(
             source=opened.path,
             target=target,
             parameters=made.parameters,
             dtype=name,
-            size=size,
+            size=sum(file.stat().st_size for file in out.iterdir()),
             max_difference=made.comparison.max_difference,
             tolerance=made.comparison.tolerance,
             positions=made.comparison.positions,
             tokens=made.comparison.tokens,
             tokenizer=made.tokenizer,
             adapters=adapter_only,
+            weights_format=weights_format,
+            layout=layout.name if layout is not None else None,
+            reason=layout.reason if layout is not None else None,
         )
-        _record(report, staging / "out")
-        _move_into_place(staging / "out", target, staging / "old")
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        _record(report, out)
+        move_into_place(out, target, folder / "old")
     return report
 
 
-def _write_mpt(source: Source, staging: Path, dtype: str, max_shard_size: int | str) -> Written:
-    layout = choose_layout(source.config, with_code=False, where=str(source.path))
-    weights = _cast(source, dtype)
-    tokenizer = _tokenizer_folder(source, staging / "tokenizer")
-    out = staging / "out"
-    write_hf_folder(out, source.config, weights, dtype=dtype, tokenizer=tokenizer, max_shard_size=max_shard_size)
-    result = compare_with_transformers(out, layout, source.config, InMemory(weights), tokenizer)
-    return Written(sum(value.numel() for value in weights.values()), result, tokenizer is not None)
+def _write_mpt(
+    source: Source,
+    layout: Layout,
+    staged: Path,
+    dtype: str,
+    max_shard_size: int | str,
+    weights_format: WeightsFormat,
+) -> Written:
+    weights = Cast(source.weights, dtype, source.path)
+    tokenizer = tokenizer_folder(source.tokenizer, staged / "tokenizer")
+    with progress(Console(stderr=True), "writing weights", weights.total_size(), "bytes") as advance:
+        write_hf_folder(
+            staged / "out",
+            source.config,
+            weights,
+            dtype=dtype,
+            tokenizer=tokenizer,
+            layout=layout,
+            max_shard_size=max_shard_size,
+            weights_format=weights_format,
+            advance=advance,
+        )
+    result = compare_with_transformers(staged / "out", layout, source.config, weights, tokenizer)
+    parameters = sum(weights.shape(name).numel() for name in weights)
+    return Written(parameters, result, tokenizer is not None)
 
 
 def _checksum(checkpoint: Path) -> str | None:
@@ -167,12 +228,13 @@ def _record(report: ExportReport, folder: Path) -> None:
     (folder / RECORD).write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _done_before(source: Path, target: Path, dtype: str, adapters: bool) -> ExportReport | None:
+def _done_before(source: Path, target: Path, dtype: str, adapters: bool, weights_format: str) -> ExportReport | None:
     """The report of an earlier export of the same checkpoint in the same dtype, when the target holds it."""
     try:
         content = json.loads((target / RECORD).read_text())
         checksum = content.pop("checksum")
-        if checksum is None or (content["dtype"], content.get("adapters", False)) != (dtype, adapters):
+        kind = (content["dtype"], content.get("adapters", False), content.get("weights_format", "safetensors"))
+        if checksum is None or kind != (dtype, adapters, weights_format):
             return None
         if checksum != _checksum(locate(source)):
             return None
@@ -196,48 +258,12 @@ def _refuse_taken(target: Path, overwrite: bool) -> None:
         )
 
 
-def _cast(source: Source, dtype: str) -> dict[str, Tensor]:
-    """The weights in the dtype of the export.
-
-    Raises:
-        UserError: a value is not finite, before the cast or after it.
-    """
-    weights = {}
-    for name, value in source.weights.items():
-        cast = value.to(DTYPES[dtype])
-        if not torch.isfinite(cast).all():
-            if torch.isfinite(value).all():
-                raise UserError(
-                    f"{source.path}: `{name}` does not fit into {dtype} (it overflows); use bfloat16 or float32."
-                )
-            raise UserError(
-                f"{source.path}: `{name}` holds NaN or infinity: the training broke; take an older checkpoint."
-            )
-        weights[name] = cast
-    return weights
-
-
-def _tokenizer_folder(source: Source, staging: Path) -> Path | None:
-    if source.tokenizer is None:
+def tokenizer_folder(tokenizer: TokenizerConfig | None, made: Path) -> Path | None:
+    """A folder with a tokenizer's files: its own, or `made` for one that is elsewhere or was changed by its config."""
+    if tokenizer is None:
         return None
-    folder = Path(source.tokenizer.name).expanduser()
-    if folder.is_dir() and source.tokenizer == TokenizerConfig(name=source.tokenizer.name):
+    folder = Path(tokenizer.name).expanduser()
+    if folder.is_dir() and tokenizer == TokenizerConfig(name=tokenizer.name):
         return folder
-    save_tokenizer(load_tokenizer(source.tokenizer), staging)
-    return staging
-
-
-def _move_into_place(made: Path, target: Path, old: Path) -> None:
-    if target.is_dir():
-        target.rename(old)
-    try:
-        made.rename(target)
-    except OSError:
-        if old.is_dir() and not target.exists():
-            old.rename(target)
-        raise
-    descriptor = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    save_tokenizer(load_tokenizer(tokenizer), made)
+    return made

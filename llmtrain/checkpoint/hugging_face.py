@@ -1,19 +1,19 @@
-"""Hugging Face folders in and out: config.json, safetensors, tokenizer, generation_config.json."""
+"""Hugging Face folders in and out: config.json, weights, tokenizer, generation_config.json."""
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
 
 from llmtrain.checkpoint.fetch import TOKENIZER_FILES
-from llmtrain.checkpoint.hugging_face_config import from_hugging_face, refuse_inexpressible, to_hugging_face
+from llmtrain.checkpoint.hugging_face_config import from_hugging_face
+from llmtrain.checkpoint.layouts import Layout, choose_layout
 from llmtrain.checkpoint.names import check_shapes, under_own_names
-from llmtrain.checkpoint.safetensors_file import SafetensorsFile
-from llmtrain.checkpoint.torch_file import open_torch_file
-from llmtrain.checkpoint.weights import Joined, Weights
+from llmtrain.checkpoint.weights import InMemory, Weights
+from llmtrain.checkpoint.weights_files import WeightsFormat, open_tensors, size_in_bytes, write_weights
 from llmtrain.errors import UserError
 from llmtrain.model.config import MPTConfig
 
@@ -32,39 +32,41 @@ def write_hf_folder(
     *,
     dtype: str,
     tokenizer: Path | None,
+    layout: Layout | None = None,
     max_shard_size: int | str = MAX_SHARD_SIZE,
+    weights_format: WeightsFormat = "safetensors",
+    advance: Callable[[int], None] | None = None,
 ) -> None:
-    """Write a folder that ``AutoModelForCausalLM.from_pretrained`` opens without remote code.
+    """Write a folder that ``AutoModelForCausalLM.from_pretrained`` opens. One tensor is held at a time.
 
     A tied head is not written: transformers ties it again by itself, without a warning.
 
     Args:
         folder: An existing, empty folder.
-        config: What transformers' MPT can express.
-        weights: By MPT's names, in the dtype to be written.
+        config: Of the model.
+        weights: By MPT's names, in the dtype to be written; `Weights` are read one tensor at a time.
         dtype: The name of that dtype, for config.json.
         tokenizer: Folder whose tokenizer files are copied, or None.
+        layout: Chosen for the config; plain MPT or Llama when left out.
         max_shard_size: Bytes, or text such as ``5GB``; larger models get several files and an index.
+        weights_format: ``safetensors``, or ``bin`` for software that reads nothing else.
+        advance: Told the bytes of each tensor that was written.
 
     Raises:
-        UserError: transformers' MPT cannot express the model.
+        UserError: the tokenizer does not belong to the model, the size is none, or no layout fits.
     """
-    from huggingface_hub import save_torch_state_dict
-
-    refuse_inexpressible(config, str(folder))
+    layout = layout or choose_layout(config, with_code=False, where=str(folder))
+    weights = weights if isinstance(weights, Weights) else InMemory(weights)
+    limit = size_in_bytes(max_shard_size)
     token_ids = copy_tokenizer(tokenizer, folder, config.vocab_size) if tokenizer is not None else {}
-    _write_json(folder / "config.json", to_hugging_face(config, dtype, token_ids))
+    write_json(folder / "config.json", layout.config_json(config, dtype, token_ids))
     known: dict[str, Any] = {name: value for name, value in token_ids.items() if value is not None}
     if tokenizer is not None and (ends := ends_of_turns(folder)):
         known["eos_token_id"] = ends
-    _write_json(folder / "generation_config.json", known)
-    save_torch_state_dict(
-        # Mapped files and views must not drag their whole storage along, hence `contiguous` copies where needed.
-        {name: value.contiguous() for name, value in weights.items()},
-        folder,
-        max_shard_size=max_shard_size,
-        metadata={"format": "pt"},
-    )
+    write_json(folder / "generation_config.json", known)
+    for name, text in layout.files().items():
+        (folder / name).write_bytes(text.encode())
+    write_weights(folder, layout.weights(config, weights), limit, weights_format, advance)
 
 
 def copy_tokenizer(source: Path, target: Path, vocab_size: int) -> dict[str, int | None]:
@@ -130,51 +132,6 @@ def read_hf_folder(path: Path) -> tuple[MPTConfig, Weights]:
     return config, weights
 
 
-def open_tensors(folder: Path) -> Weights:
-    """The tensors of a Hugging Face folder, whatever model it is, by the names in its files.
-
-    Raises:
-        UserError: no weights, damaged, or files that do not hold what their index says.
-    """
-    files, index = _weight_files(folder)
-    weights = Joined([_open_file(file) for file in files], str(folder))
-    if index is not None and (differing := sorted(index ^ set(weights))):
-        what = "its files do not hold" if differing[0] in index else "its index does not name"
-        raise UserError(f"{folder}: {what} `{differing[0]}` ({len(differing)} such names in all); files are missing.")
-    return weights
-
-
-def _weight_files(folder: Path) -> tuple[list[Path], set[str] | None]:
-    """The files, and the names that their index lists."""
-    for single, index in (
-        ("model.safetensors", "model.safetensors.index.json"),
-        ("pytorch_model.bin", "pytorch_model.bin.index.json"),
-    ):
-        if (folder / index).is_file():
-            weight_map = read_json(folder / index).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise UserError(f"{folder / index}: has no weight_map.")
-            names = sorted({str(name) for name in weight_map.values()})
-            for name in names:
-                if Path(name).name != name:
-                    raise UserError(f"{folder / index}: `{name}` is no name of a file in this folder; refused.")
-                if not (folder / name).is_file():
-                    raise UserError(f"{folder / name}: missing, but named in {index}.")
-            return [folder / name for name in names], set(weight_map)
-        if (folder / single).is_file():
-            return [folder / single], None
-    raise UserError(f"{folder}: no weights (model.safetensors or pytorch_model.bin, with or without an index).")
-
-
-def _open_file(file: Path) -> Weights:
-    if file.suffix == ".safetensors":
-        return SafetensorsFile(file)
-    found = open_torch_file(file)
-    if found is None:
-        raise UserError(f"{file}: holds more than tensors.")
-    return found
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object of a Hugging Face folder.
 
@@ -192,5 +149,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """A JSON object of a Hugging Face folder."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

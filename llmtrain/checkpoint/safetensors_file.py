@@ -1,8 +1,8 @@
 """safetensors files, tensor by tensor: read by offset, written as a stream.
 
 The format (https://github.com/huggingface/safetensors): 8 bytes little-endian, the length of a header; the header, in
-JSON: name -> dtype, shape and where the bytes begin and end; the bytes, without gaps. The package itself maps files, and
-pages that were looked at count as memory of the process; it writes only what is held as a whole.
+JSON: name -> dtype, shape and where the bytes begin and end; the bytes, without gaps. The package itself maps files,
+and pages that were looked at count as memory of the process; it writes only what is held as a whole.
 """
 
 import json
@@ -124,11 +124,8 @@ def _entry(entry: Any) -> tuple[torch.dtype, torch.Size, int, int] | None:
     """dtype, shape, begin and end; None where they make no sense."""
     if not isinstance(entry, dict):
         return None
-    dtype, shape, place = (
-        DTYPES.get(str(entry.get("dtype"))),
-        _sizes(entry.get("shape")),
-        _sizes(entry.get("data_offsets")),
-    )
+    dtype = DTYPES.get(str(entry.get("dtype")))
+    shape, place = _sizes(entry.get("shape")), _sizes(entry.get("data_offsets"))
     if dtype is None or shape is None or place is None or len(place) != 2:
         return None
     if place[1] - place[0] != math.prod(shape) * dtype.itemsize:

@@ -1,0 +1,63 @@
+"""A folder or file that is complete or not there: made under a hidden name beside its place, and renamed."""
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from llmtrain.errors import UserError
+
+
+@contextmanager
+def staging(target: Path, doing: str, size: int = 0) -> Iterator[Path]:
+    """A hidden folder beside the target, gone at the end whatever happens.
+
+    Args:
+        target: Where the work shall appear.
+        doing: A word for the folder's name, such as ``exporting``.
+        size: Bytes that will be written, as far as that is known.
+
+    Raises:
+        UserError: the disk has less room than that, or it cannot be written.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(target.parent).free
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written: {error.strerror}") from None
+    if free < size:
+        raise UserError(f"{target}: needs {size / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free there.")
+    folder = target.parent / f".{target.name}.{doing}-{uuid.uuid4().hex[:8]}"
+    try:
+        folder.mkdir()
+        yield folder
+    except OSError as error:
+        free = shutil.disk_usage(target.parent).free
+        raise UserError(f"{target}: cannot be written: {error} ({free / 1e9:.2f} GB free there)") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def move_into_place(made: Path, target: Path, old: Path) -> None:
+    """Rename what was made to its place.
+
+    Args:
+        made: Complete.
+        target: Its place; what is there is replaced.
+        old: Where that goes, to be deleted.
+    """
+    if target.exists():
+        target.rename(old)
+    try:
+        made.rename(target)
+    except OSError:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        raise
+    descriptor = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
