@@ -197,13 +197,39 @@ def export(
     print(report)
 
 
+@app.command("import")
+def import_weights(
+    source: Annotated[
+        Path, typer.Argument(help="A Hugging Face folder, another trainer's checkpoint, or one of ours.")
+    ],
+    target: Annotated[Path, typer.Argument(help="The checkpoint's folder to write.")],
+    to: Annotated[str, typer.Option(help="sharded, for any number of ranks, or full, one .pt file.")] = "sharded",
+    recipe: Annotated[Path | None, typer.Option(help="The recipe, for a checkpoint that does not hold one.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace an existing target.")] = False,
+) -> None:
+    """Write an MPT's weights as a checkpoint of ours, to train from, and prove that they are the same bits."""
+    from llmtrain.checkpoint.import_command import import_weights as run
+
+    print(run(source, target, to=to, recipe=recipe, overwrite=overwrite))  # type: ignore[arg-type]  # checked there
+
+
 @app.command("eval")
 def evaluate(
-    source: Annotated[Path, typer.Argument(help="A run, a checkpoint, an export, or a training recipe.")],
+    source: Annotated[
+        Path,
+        typer.Argument(help="An evaluation recipe, a run, a checkpoint, an export, or a training recipe."),
+    ],
     overrides: Overrides = None,
     data: Annotated[
-        list[Path] | None, typer.Option(help="Shards to evaluate on, instead of the recipe's; several times.")
+        list[Path] | None,
+        typer.Option(help="Shards, text files or folders of them, instead of the recipe's; several times."),
     ] = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(help="Tasks of lm-evaluation-harness, or YAML files with icl_tasks; commas, or several times."),
+    ] = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples before each question of a task.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Samples of each task.")] = None,
     max_seq_len: Annotated[
         list[int] | None, typer.Option(help="Tokens in a window; several times for several lengths.")
     ] = None,
@@ -215,8 +241,9 @@ def evaluate(
     recipe: Annotated[Path | None, typer.Option(help="The recipe, for a checkpoint that does not hold one.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; the GPU when there is one.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; bfloat16 on a GPU.")] = None,
+    shard: Annotated[bool, typer.Option("--shard", help="Shard the model over the ranks.")] = False,
 ) -> None:
-    """Loss and perplexity on shards, at one or several lengths, and the loss by position."""
+    """Loss, perplexity and bits per byte on shards or text, and tasks; on several ranks with `composer -n 2 -c`."""
     from llmtrain.evaluation.command import eval_command
 
     eval_command(
@@ -230,6 +257,10 @@ def evaluate(
         recipe=recipe,
         device=device,
         dtype=dtype,
+        tasks=tasks or [],
+        num_fewshot=num_fewshot,
+        limit=limit,
+        shard=shard,
     )
 
 

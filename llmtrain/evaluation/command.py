@@ -1,30 +1,35 @@
-"""`llmtrain eval`: loss and perplexity of a model on shards, at one length or at several, and loss by position."""
+"""`llmtrain eval`: losses on data, and tasks, of one model or several, on one process or on ranks."""
 
-import time
+import contextlib
+import gc
+import importlib.metadata
+import logging
+import runpy
 from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
 
+import llmtrain
 from llmtrain.errors import UserError
-from llmtrain.evaluation import source as sources
-from llmtrain.evaluation.by_source import LossBySource
-from llmtrain.evaluation.evaluate import (
-    TOKENS_IN_A_BATCH,
-    check_length,
-    check_text,
-    evaluate,
-    n_targets,
-    note_on_length,
-)
-from llmtrain.evaluation.report import AtLength, print_results, write_results
-from llmtrain.evaluation.tokens import ShardTokens
-from llmtrain.evaluation.windows import at_most
+from llmtrain.evaluation import ranks as processes
+from llmtrain.evaluation.evaluate import TOKENS_IN_A_BATCH
+from llmtrain.evaluation.losses import Losses
+from llmtrain.evaluation.plan import Arguments, Plan, make_plan, own_data
+from llmtrain.evaluation.ranks import Ranks
+from llmtrain.evaluation.report import Evaluated, print_results, write_results
+from llmtrain.evaluation.results import TaskResults, merged
+from llmtrain.evaluation.sharded import load_model
+from llmtrain.evaluation.source import Place
 from llmtrain.hf_model.model import HFCausalLM
 from llmtrain.model.mpt import MPT
-from llmtrain.progress import progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 def eval_command(
@@ -39,14 +44,18 @@ def eval_command(
     recipe: Path | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    tasks: Sequence[str] = (),
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    shard: bool = False,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Evaluate a model, print a table, and write JSON, CSV and a picture.
+    """Evaluate, print tables, and write JSON, text, CSV and a picture. All ranks call it together.
 
     Args:
-        source: a run, a checkpoint, a `.pt` file, an export, or a training recipe.
-        overrides: `key=value` of the recipe, for its evaluation data.
-        data: folders of shards, instead of the recipe's evaluation data.
+        source: an evaluation recipe, a run, a checkpoint, a `.pt` file, an export, or a training recipe.
+        overrides: `key=value` of the recipe.
+        data: folders of shards, text files or folders of them, instead of the recipe's evaluation data.
         lengths: tokens in a window; the recipe's `max_seq_len`, or the shards' when there is no recipe.
         max_tokens: of the text, from its beginning; all of it when left out.
         batch_tokens: of a forward; does not change the results but for rounding.
@@ -54,77 +63,135 @@ def eval_command(
         recipe: for a checkpoint that does not carry its recipe.
         device: `cpu`, `cuda`; a GPU if there is one.
         dtype: by default bfloat16 on a GPU, float32 on the CPU.
-        console: where to; standard output when left out.
+        tasks: names of lm-evaluation-harness, paths of YAML files with `icl_tasks`; then losses only with `data`.
+        num_fewshot: examples before each question, instead of the tasks' own number.
+        limit: samples of each of the harness's tasks.
+        shard: shard the model over the ranks.
+        console: where to; standard output when left out. Only the first rank prints.
 
     Returns:
-        What the JSON file holds.
+        What the JSON file holds; the same on all ranks.
 
     Raises:
-        UserError: the model, the data or a length is not usable.
+        UserError: a recipe, the model, the data, a task or a length is not usable.
     """
+    ranks = processes.start(device)
+    if not ranks.is_first:
+        console = Console(quiet=True)
     console = console or Console()
-    for key, value, least in (("max_tokens", max_tokens, 2), ("batch_tokens", batch_tokens, 1)):
-        if value is not None and value < least:
-            raise UserError(f"{key} {value}: must be at least {least}")
-    place = sources.find(source, recipe, overrides)
-    model, tokenizer = sources.open_model(place, recipe, device, dtype)
-    tokens, parts = sources.open_data(place, data, _vocab_size(model), tokenizer)
-    wanted = sorted(set(lengths)) or [place.recipe.max_seq_len if place.recipe else parts[0].row_length]
-    pieces = at_most(tokens.pieces, max_tokens)
-    _check(model, parts, pieces, wanted)
-    for length in wanted:
-        if note := note_on_length(model, length):
-            console.print(f"note: {note}", highlight=False, soft_wrap=True)
+    given = Arguments(
+        data=data,
+        lengths=lengths,
+        max_tokens=max_tokens,
+        batch_tokens=batch_tokens,
+        output=output,
+        recipe=recipe,
+        dtype=dtype,
+        tasks=tasks,
+        num_fewshot=num_fewshot,
+        limit=limit,
+        shard=shard,
+    )
+    plan = make_plan(source, overrides, given, ranks.device.type)
+    _prepare(plan, console)
     found = []
-    total = n_targets(pieces)
+    for place in plan.places:
+        if len(plan.places) > 1:
+            console.rule(place.name)
+        found.append(_evaluate(place, plan, ranks, console))
+        gc.collect()  # the next model needs the memory
+    about = _about(plan, ranks)
+    content = _content(found, about)
+    if ranks.is_first:
+        written = write_results(plan.stem, content, found)
+        print_results(console, found)
+        console.print(f"written     {'  '.join(map(str, written))}", highlight=False, soft_wrap=True)
+    ranks.close()
+    return content
+
+
+def _prepare(plan: Plan, console: Console) -> None:
+    """What comes before the first model: packages that are missing, notes, code of the recipe."""
+    if plan.harness is not None and find_spec("lm_eval") is None:
+        raise UserError(
+            "Tasks of lm-evaluation-harness need the package lm-eval. Install it: pip install 'llmtrain[eval]'"
+        )
+    for note in plan.notes:
+        console.print(f"note: {note}", highlight=False, soft_wrap=True)
+    if plan.recipe is not None and plan.recipe.python_log_level is not None:
+        logging.getLogger("llmtrain").setLevel(plan.recipe.python_log_level.upper())
+    for path in (plan.recipe.code_paths if plan.recipe is not None else None) or ():
+        if not Path(path).is_file():
+            raise UserError(f"code_paths: there is no file {path!r}")
+        console.print(f"code_paths: running {path}", highlight=False, soft_wrap=True)
+        runpy.run_path(path)
+
+
+def _evaluate(place: Place, plan: Plan, ranks: Ranks, console: Console) -> Evaluated:
+    data = own_data(place) if plan.data is None else plan.data
+    model, tokenizer = load_model(place, ranks, shard=plan.shard, dtype=plan.dtype)
+    sharded = plan.shard and ranks.world > 1
+    losses = Losses(model, tokenizer, place, plan, ranks, sharded=sharded, console=console)
+    losses.open(data)
+    measured = losses.measure()
+    tasks = _tasks(model, tokenizer, plan, ranks, sharded=sharded, console=console)
     parameter = next(model.parameters())
-    names = list(dict.fromkeys(tokens.sources))
-    for length in wanted:
-        start = time.monotonic()
-        with progress(console, f"{length:,} tokens", total, "tokens") as advance:
-            by_source = LossBySource(names, parameter.device) if len(names) > 1 else None
-            losses = evaluate(
-                model,
-                tokens,
-                length,
-                max_tokens=max_tokens,
-                batch_tokens=batch_tokens,
-                advance=advance,
-                by_source=by_source,
-            )
-        of_each = {} if by_source is None else by_source.results()
-        found.append(AtLength(length, losses, time.monotonic() - start, of_each))
     about = {
         "source": place.name,
-        "data": [name for part in parts for name in part.names],
+        "path": str(place.weights) if place.weights is not None else place.name,
+        "data": losses.names,
+        "parameters": sum(each.numel() for each in model.parameters()),
         "device": torch.cuda.get_device_name(parameter.device) if parameter.is_cuda else "cpu",
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "torch": torch.__version__,
     }
-    written = write_results(output or place.results, about, found)
-    print_results(console, found)
-    console.print(f"written     {'  '.join(map(str, written))}", highlight=False, soft_wrap=True)
-    return {**about, "lengths": [one.as_dict() for one in found]}
+    return Evaluated(about, measured, tasks)
 
 
-def _check(
-    model: MPT | HFCausalLM, parts: Sequence[ShardTokens], pieces: Sequence[int], lengths: Sequence[int]
-) -> None:
-    """All lengths before the first is computed: nobody waits for a result that a later length throws away."""
-    for length in lengths:
-        check_length(model, length)
-    for part in parts:
-        if not part.joined and max(lengths) > part.row_length:
-            raise UserError(
-                f"max_seq_len {max(lengths):,}: the rows of {', '.join(part.names)} have "
-                f"{part.row_length:,} tokens and cannot be joined: they are of one document each (cut: documents), or "
-                "were not made by llmtrain prep. Prepare longer rows"
+def _tasks(
+    model: MPT | HFCausalLM,
+    tokenizer: "PreTrainedTokenizerFast",
+    plan: Plan,
+    ranks: Ranks,
+    *,
+    sharded: bool,
+    console: Console,
+) -> TaskResults:
+    parts = []
+    torch.manual_seed(plan.seed)
+    with torch.no_grad():
+        if plan.icl is not None:
+            from llmtrain.evaluation.icl.run import run_icl
+
+            parts.append(run_icl(model, tokenizer, plan.icl, ranks, sharded=sharded, console=console))
+        if plan.harness is not None:
+            from llmtrain.evaluation.harness import run_harness
+
+            samples = plan.stem.with_name(f"{plan.stem.name}-samples")
+            parts.append(
+                run_harness(model, tokenizer, plan.harness, ranks, sharded=sharded, console=console, samples=samples)
             )
-    for length in lengths:
-        check_text(pieces, length)
+    return merged(parts)
 
 
-def _vocab_size(model: MPT | HFCausalLM) -> int:
-    if isinstance(model, MPT):
-        return model.config.vocab_size
-    return int(model.hf.get_input_embeddings().weight.shape[0])
+def _about(plan: Plan, ranks: Ranks) -> dict[str, Any]:
+    versions = {"llmtrain": llmtrain.__version__}
+    for package in ("torch", "transformers", "tokenizers", "lm_eval"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    recipe = None if plan.recipe is None else plan.recipe.model_dump(mode="json", exclude_unset=True)
+    return {
+        "ranks": ranks.world,
+        "sharded": plan.shard and ranks.world > 1,
+        "seed": plan.seed,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions,
+        **({} if recipe is None else {"recipe": recipe}),
+    }
+
+
+def _content(found: Sequence[Evaluated], about: dict[str, Any]) -> dict[str, Any]:
+    """Of one model, its facts and results at the top; of several, a list of those."""
+    if len(found) == 1:
+        return {**found[0].as_dict(), **about}
+    return {"models": [one.as_dict() for one in found], **about}

@@ -5,6 +5,7 @@ from math import nan
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from llmtrain.data.batch import IGNORE
@@ -13,15 +14,16 @@ from llmtrain.evaluation.by_position import LossByPosition
 from llmtrain.evaluation.by_source import LossBySource
 from llmtrain.evaluation.ranks import Ranks
 from llmtrain.evaluation.tokens import Tokens
-from llmtrain.evaluation.windows import Window, at_most, windows
+from llmtrain.evaluation.windows import at_most, windows
 from llmtrain.hf_model.model import HFCausalLM
 from llmtrain.model.mpt import MPT
+
+Ids = NDArray[np.int64]
 
 TOKENS_IN_A_BATCH = 16_384
 """Of one forward, when nothing else is said; a longer window is a batch of its own."""
 
 
-@torch.no_grad()
 def evaluate(
     model: MPT | HFCausalLM,
     tokens: Tokens,
@@ -57,28 +59,78 @@ def evaluate(
     """
     check_length(model, length)
     pieces = at_most(tokens.pieces, max_tokens)
-    check_text(pieces, length)
+    check_text(pieces, length, fixed=tokens.row_length is not None)
+    cut = windows(pieces, length)
+
+    def read(number: int) -> tuple[Ids, Ids]:
+        ids = tokens.read(*cut[number])
+        return ids, ids
+
+    return add_up(
+        model,
+        [window.length for window in cut],
+        read,
+        batch_tokens=batch_tokens,
+        batch_size=batch_size,
+        advance=advance,
+        by_source=by_source,
+        source_of=lambda number: tokens.sources[cut[number].piece],
+        ranks=ranks,
+        sharded=sharded,
+    )
+
+
+@torch.no_grad()
+def add_up(
+    model: MPT | HFCausalLM,
+    lengths: Sequence[int],
+    read: Callable[[int], tuple[Ids, Ids]],
+    *,
+    batch_tokens: int = TOKENS_IN_A_BATCH,
+    batch_size: int | None = None,
+    advance: Callable[[int], None] = lambda n: None,
+    by_source: LossBySource | None = None,
+    source_of: Callable[[int], str] = lambda number: "",
+    ranks: Ranks | None = None,
+    sharded: bool = False,
+) -> LossByPosition:
+    """Losses of rows of any lengths, by position.
+
+    Args:
+        model: in evaluation mode.
+        lengths: tokens of each row.
+        read: number of a row -> its ids and labels, (tokens,) each; IGNORE where there is no target.
+        batch_tokens: of a forward, padding included; one row is always taken.
+        batch_size: rows in a forward, instead.
+        advance: called with the number of tokens that are done but the first of each row, on all ranks together.
+        by_source: counts the losses of each source, too.
+        source_of: number of a row -> its source.
+        ranks: see `evaluate`.
+        sharded: see `evaluate`.
+    """
     ranks = ranks or Ranks()
     device = next(model.parameters()).device
     losses = LossByPosition(device)
-    # The longest first: then the ranks' shares are alike, and windows of a batch, too.
-    cut = sorted(windows(pieces, length), key=lambda window: -window.length)
-    mine = list(_batches([cut[number] for number in ranks.deal(len(cut))], batch_tokens, batch_size))
-    for number in range(ranks.rounds(len(mine)) if sharded else len(mine)):
-        counts = number < len(mine)  # else the others have more to do, and this one's part of the model is needed
-        batch = mine[number] if counts else cut[:1]
-        input_ids, labels = _stack([tokens.read(*window) for window in batch], device)
+    # The longest first: then the ranks' shares are alike, and the rows of a batch, too.
+    order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
+    mine = list(_batches([order[i] for i in ranks.deal(len(order))], lengths, batch_tokens, batch_size))
+    for turn in range(ranks.rounds(len(mine)) if sharded else len(mine)):
+        counts = turn < len(mine)  # else the others have more to do, and need this one's part of the model
+        batch = mine[turn] if counts else order[-1:]
+        rows = [read(number) for number in batch]
+        input_ids = _stack([ids for ids, _ in rows], 0).to(device)
+        labels = _stack([each for _, each in rows], IGNORE).to(device)
         output = model(input_ids=input_ids, labels=labels, token_losses=True)
         if not counts:
             continue
         losses.add(output.token_losses, labels)
         if by_source is not None:
-            numbers = [by_source.names.index(tokens.sources[window.piece]) for window in batch]
+            numbers = [by_source.names.index(source_of(number)) for number in batch]
             by_source.add(output.token_losses, labels, torch.tensor(numbers, device=device))
-        advance(ranks.world * sum(window.length - 1 for window in batch))
+        advance(ranks.world * sum(lengths[number] - 1 for number in batch))
     if by_source is not None:
         by_source.sums = ranks.sum(by_source.sums)
-    return losses.over_ranks(ranks.sum, cut[0].length)
+    return losses.over_ranks(ranks.sum, lengths[order[0]])
 
 
 def n_bytes(tokens: Tokens, pieces: Sequence[int]) -> dict[str, float]:
@@ -120,14 +172,19 @@ def check_length(model: MPT | HFCausalLM, length: int) -> None:
         )
 
 
-def check_text(pieces: Sequence[int], length: int) -> None:
+def check_text(pieces: Sequence[int], length: int, *, fixed: bool = True) -> None:
     """Refuse windows that no text fills.
 
+    Args:
+        pieces: tokens of each.
+        length: of a window.
+        fixed: the text is rows of shards, of which windows are made; documents may be shorter than a window.
+
     Raises:
-        UserError: no piece has so many tokens.
+        UserError: no piece has so many tokens, or, of documents, none has two.
     """
     longest = max(pieces, default=0)
-    if longest < length:
+    if longest < (length if fixed else 2):
         raise UserError(
             f"max_seq_len {length:,}: the longest text to evaluate on has {longest:,} tokens. "
             "Give longer text (--data), more of it (--max-tokens), or a smaller --max-seq-len"
@@ -153,24 +210,24 @@ def positions_are_computed(model: HFCausalLM) -> bool:
     return any(getattr(model.config, name, None) is not None for name in names)
 
 
-def _batches(cut: Sequence[Window], batch_tokens: int, batch_size: int | None) -> Iterator[list[Window]]:
-    """Windows, the longest first, in batches of at most `batch_tokens` tokens, or one window, or of `batch_size`."""
-    batch: list[Window] = []
-    for window in cut:
-        full = (len(batch) + 1) * batch[0].length > batch_tokens if batch else False
-        if batch and (full if batch_size is None else len(batch) == batch_size):
+def _batches(
+    order: Sequence[int], lengths: Sequence[int], batch_tokens: int, batch_size: int | None
+) -> Iterator[list[int]]:
+    """Rows, the longest first, in batches of at most `batch_tokens` tokens, or one row, or of `batch_size`."""
+    batch: list[int] = []
+    for number in order:
+        room = (len(batch) + 1) * lengths[batch[0]] <= batch_tokens if batch else True
+        if batch and not (room if batch_size is None else len(batch) < batch_size):
             yield batch
             batch = []
-        batch.append(window)
+        batch.append(number)
     if batch:
         yield batch
 
 
-def _stack(rows: Sequence[np.ndarray], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids and labels, (batch, T), padded on the right with what is no target."""
-    longest = max(len(row) for row in rows)
-    input_ids = torch.zeros(len(rows), longest, dtype=torch.int64)
-    labels = torch.full_like(input_ids, IGNORE)
-    for i, row in enumerate(rows):
-        input_ids[i, : len(row)] = labels[i, : len(row)] = torch.from_numpy(row)
-    return input_ids.to(device), labels.to(device)
+def _stack(rows: Sequence[Ids], padding: int) -> Tensor:
+    """Rows of any length as (batch, T) int64, padded on the right: causality hides what stands there."""
+    stacked = torch.full((len(rows), max(map(len, rows))), padding, dtype=torch.int64)
+    for row, target in zip(rows, stacked, strict=True):
+        target[: len(row)] = torch.from_numpy(row)
+    return stacked

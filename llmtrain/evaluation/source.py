@@ -1,24 +1,23 @@
-"""What `llmtrain eval` is pointed at, opened: a model, and the text that it is evaluated on."""
+"""What `llmtrain eval` is pointed at: where a model lies, and what its run was told."""
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
+from llmtrain.checkpoint.fetch import fetch, local_path
 from llmtrain.checkpoint.read import recipe_of
 from llmtrain.checkpoint.resolve import locate, run_folder
-from llmtrain.data.config import TextDatasetConfig, TextLoaderConfig
 from llmtrain.errors import UserError
-from llmtrain.evaluation.tokens import JoinedTokens, ShardTokens, folder_of_shards
-from llmtrain.generation.load import load
-from llmtrain.hf_model.model import HFCausalLM
-from llmtrain.model.mpt import MPT
+from llmtrain.evaluation.config import ModelToEvaluate
+from llmtrain.hf_model.config import HFConfig
+from llmtrain.model.config import MPTConfig
 from llmtrain.recipe.load import load_recipe
-from llmtrain.recipe.recipe import Recipe
-from llmtrain.tokenizer import fingerprint, fingerprint_of
+from llmtrain.recipe.recipe import FinetuningEvalLoader, ModelConfig, Recipe, TextEvalLoader
+from llmtrain.tokenizer import TokenizerConfig, fingerprint, fingerprint_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -31,14 +30,20 @@ _HAVE_AN_EFFECT = ("eval_loader", "max_seq_len", "run_name", "variables")
 class Place:
     """Where a model lies, and what its run was told."""
 
-    weights: Path
-    """A run, a checkpoint, a `.pt` file or an export."""
+    weights: Path | None
+    """A run, a checkpoint, a `.pt` file or an export; None where `model` names its weights itself."""
     name: str
     """For titles: run and checkpoint, or the folder's name."""
     results: Path
     """Folder and stem of the files with results."""
-    recipe: Recipe | None
-    """None when nothing says."""
+    recipe: Recipe | None = None
+    """Of its training; None when nothing says."""
+    recipe_file: Path | None = None
+    """A training recipe that was given for weights that carry none."""
+    model: ModelConfig | None = None
+    """What an evaluation recipe says of the model."""
+    tokenizer: TokenizerConfig | None = None
+    """What it says of the tokenizer."""
 
 
 def find(source: Path, recipe: Path | None = None, overrides: Sequence[str] = ()) -> Place:
@@ -74,7 +79,8 @@ def find(source: Path, recipe: Path | None = None, overrides: Sequence[str] = ()
         stem = beside / "eval" / source.name if inside_a_run else Path("eval") / source.name
         if known is None and inside_a_run:
             known = load_recipe(beside / "recipe.yaml", overrides)
-        return Place(source, f"{beside.name}/{source.name}" if inside_a_run else source.name, stem, known)
+        name = f"{beside.name}/{source.name}" if inside_a_run else source.resolve().name
+        return Place(source, name, stem, known, recipe)
     checkpoint = locate(source)
     run = run_folder(checkpoint)
     stem = (run or Path()) / "eval" / checkpoint.name.removesuffix(".pt")
@@ -82,46 +88,55 @@ def find(source: Path, recipe: Path | None = None, overrides: Sequence[str] = ()
     return Place(source, name, stem, known or _recipe(checkpoint, run, recipe, overrides))
 
 
-def open_model(
-    place: Place, recipe: Path | None, device: str | None, dtype: str | None
-) -> "tuple[MPT | HFCausalLM, PreTrainedTokenizerFast]":
-    """The model in evaluation mode, and its tokenizer."""
-    return load(place.weights, recipe=recipe, device=device, dtype=dtype)
+def of_recipe(model: ModelToEvaluate, key: str) -> Place:
+    """Find one of an evaluation recipe's models; a hub name or a folder in an object store is downloaded.
 
-
-def open_data(
-    place: Place, folders: Sequence[Path], vocab_size: int, tokenizer: "PreTrainedTokenizerFast"
-) -> tuple[JoinedTokens, list[ShardTokens]]:
-    """The folders that were given, or the recipe's evaluation data.
+    Args:
+        model: what the recipe says.
+        key: of it, for messages.
 
     Raises:
-        UserError: there is neither, or it does not fit the model.
+        UserError: there is no such thing.
     """
+    block = model.model
+    named = model.load_path or (block.pretrained if isinstance(block, MPTConfig) else None)
+    if named is None:
+        assert isinstance(block, HFConfig)  # validated: something names the weights
+        place = Place(None, name := block.pretrained_model_name_or_path, Path("eval") / Path(name).name)
+    else:
+        path = local_path(named)
+        if path is not None and not path.exists():
+            raise UserError(f"{key}.load_path: {named}: no such file or folder (from {Path.cwd()})")
+        place = find(path if path is not None else fetch(named))
+    return replace(place, name=model.model_name or place.name, model=block, tokenizer=model.tokenizer)
+
+
+def evaluation_data(place: Place) -> list[TextEvalLoader | FinetuningEvalLoader]:
+    """The evaluation loaders of the recipe that a model was trained with.
+
+    Raises:
+        UserError: nothing says which they are.
+    """
+    if place.recipe is None:
+        raise UserError(
+            f"{place.weights}: no recipe says what it is evaluated on. Give shards or text: --data PATH, or tasks: "
+            "--tasks NAME"
+        )
+    if not place.recipe.eval_loader:
+        raise UserError(
+            f"{place.name}: its recipe's eval_loader is missing. Give shards or text: --data PATH, or tasks: --tasks "
+            "NAME"
+        )
+    return list(place.recipe.eval_loader)
+
+
+def known_tokenizers(place: Place, tokenizer: "PreTrainedTokenizerFast") -> list[str]:
+    """Fingerprints of tokenizers whose ids a model knows: its own, and its recipe's without what the run added."""
     known = [fingerprint_of(tokenizer)]
     if place.recipe is not None:
         with suppress(UserError):  # it may not be here any more; the run's own is
-            known.append(fingerprint(place.recipe.tokenizer.name))  # without the tokens that the run added
-    named: dict[str, TextDatasetConfig] = {f"--data {folder}": folder_of_shards(folder) for folder in folders}
-    if not named:
-        named = _evaluation_data(place)
-    parts = [ShardTokens(cfg, vocab_size=vocab_size, fingerprints=known, key=key) for key, cfg in named.items()]
-    return JoinedTokens(parts), parts
-
-
-def _evaluation_data(place: Place) -> dict[str, TextDatasetConfig]:
-    if place.recipe is None:
-        raise UserError(f"{place.weights}: no recipe says what it is evaluated on. Give shards: --data FOLDER")
-    loaders = place.recipe.eval_loader
-    text = [loader for loader in loaders if isinstance(loader, TextLoaderConfig)]
-    if not text:
-        what = "reads conversations" if loaders else "is missing"
-        raise UserError(
-            f"{place.name}: its recipe's eval_loader {what}, and this evaluates on plain text. Give shards of tokens: "
-            "--data FOLDER"
-        )
-    if len(text) < len(loaders):
-        raise UserError(f"{place.name}: some of its evaluation loaders read conversations. Choose: --data FOLDER")
-    return {f"eval_loader {loader.label}" if loader.label else "eval_loader": loader.dataset for loader in text}
+            known.append(fingerprint(place.recipe.tokenizer.name))
+    return known
 
 
 def _weights_of(recipe: Recipe, file: Path) -> Path:

@@ -27,8 +27,10 @@ class Tokens(Protocol):
     """Where it lies, for messages and results."""
     joined: bool
     """Whether a window may be longer than a row of shards."""
-    row_length: int | None
-    """Tokens in a row of shards; None where there are no rows."""
+
+    @property
+    def row_length(self) -> int | None:
+        """Tokens in a row of shards; None where there are no rows."""
 
     def read(self, piece: int, start: int, stop: int) -> NDArray[np.int64]:
         """Ids of a part of a piece, (stop - start,)."""

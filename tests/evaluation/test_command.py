@@ -133,6 +133,7 @@ def test_each_stream_of_a_mixture_is_a_line_of_its_own(run: Path, corpus: TinyCo
     assert at["by_source"]["small"] == {
         "loss": pytest.approx(small["lengths"][0]["loss"], rel=1e-6),
         "targets": small["lengths"][0]["targets"],
+        "bits_per_byte": pytest.approx(small["lengths"][0]["bits_per_byte"], rel=1e-6),
     }
     sums = [source["loss"] * source["targets"] for source in at["by_source"].values()]
     assert sum(sums) / at["targets"] == pytest.approx(at["loss"], rel=1e-6)

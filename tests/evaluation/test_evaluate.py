@@ -12,11 +12,16 @@ from llmtrain.model.mpt import MPT
 
 
 class ArrayTokens:
-    """Text in memory."""
+    """Text in memory, as if it stood in rows of shards."""
+
+    joined = True
+    row_length = 16
+    names = ()
 
     def __init__(self, *pieces: np.ndarray) -> None:
         self.texts = pieces
         self.pieces = [len(piece) for piece in pieces]
+        self.sources = ["memory"] * len(pieces)
 
     def read(self, piece: int, start: int, stop: int) -> np.ndarray:
         return self.texts[piece][start:stop]
