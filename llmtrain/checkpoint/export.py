@@ -18,12 +18,12 @@ from llmtrain.checkpoint.read import recipe_of
 from llmtrain.checkpoint.resolve import locate
 from llmtrain.checkpoint.source import Source, open_source
 from llmtrain.checkpoint.staging import move_into_place, staging
+from llmtrain.checkpoint.tokenizer_files import tokenizer_folder
 from llmtrain.checkpoint.weights_files import WeightsFormat, size_in_bytes
 from llmtrain.errors import UserError
 from llmtrain.hf_model.export import Written, write_adapters, write_merged
 from llmtrain.hf_model.source import open_hf
 from llmtrain.progress import progress
-from llmtrain.tokenizer import TokenizerConfig, load_tokenizer, save_tokenizer
 
 RECORD = "llmtrain_export.json"
 """Beside the weights: which checkpoint they are, and how that was proven."""
@@ -256,14 +256,3 @@ def _refuse_taken(target: Path, overwrite: bool) -> None:
         raise UserError(
             f"{target}: there is an export already; pass --overwrite to replace it, or give another folder."
         )
-
-
-def tokenizer_folder(tokenizer: TokenizerConfig | None, made: Path) -> Path | None:
-    """A folder with a tokenizer's files: its own, or `made` for one that is elsewhere or was changed by its config."""
-    if tokenizer is None:
-        return None
-    folder = Path(tokenizer.name).expanduser()
-    if folder.is_dir() and tokenizer == TokenizerConfig(name=tokenizer.name):
-        return folder
-    save_tokenizer(load_tokenizer(tokenizer), made)
-    return made

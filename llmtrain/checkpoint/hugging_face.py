@@ -1,17 +1,16 @@
 """Hugging Face folders in and out: config.json, weights, tokenizer, generation_config.json."""
 
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
-from llmtrain.checkpoint.fetch import TOKENIZER_FILES
 from llmtrain.checkpoint.hugging_face_config import from_hugging_face
 from llmtrain.checkpoint.layouts import Layout, choose_layout
 from llmtrain.checkpoint.names import check_shapes, under_own_names
+from llmtrain.checkpoint.tokenizer_files import copy_tokenizer
 from llmtrain.checkpoint.weights import InMemory, Weights
 from llmtrain.checkpoint.weights_files import WeightsFormat, open_tensors, size_in_bytes, write_weights
 from llmtrain.errors import UserError
@@ -67,37 +66,6 @@ def write_hf_folder(
     for name, text in layout.files().items():
         (folder / name).write_bytes(text.encode())
     write_weights(folder, layout.weights(config, weights), limit, weights_format, advance)
-
-
-def copy_tokenizer(source: Path, target: Path, vocab_size: int) -> dict[str, int | None]:
-    """Copy a tokenizer's files (and nothing else) into an export.
-
-    Returns:
-        ``bos_token_id``, ``eos_token_id``, ``pad_token_id`` (EOS where the tokenizer has no padding token).
-
-    Raises:
-        UserError: there is no tokenizer.json, or it has more tokens than the model has rows.
-    """
-    from llmtrain.tokenizer import load_raw, special_token
-
-    raw = load_raw(str(source))
-    size = max(raw.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-    if size > vocab_size:
-        raise UserError(
-            f"{source}: the tokenizer has ids up to {size - 1:,}, but the model only {vocab_size:,} embeddings: they "
-            "do not belong together."
-        )
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
-    ids: dict[str, int | None] = {}
-    kinds: tuple[Literal["bos", "eos", "pad"], ...] = ("bos", "eos", "pad")
-    for which in kinds:
-        text = special_token(str(source), which)
-        ids[f"{which}_token_id"] = None if text is None else raw.token_to_id(text)
-    if ids["pad_token_id"] is None:
-        ids["pad_token_id"] = ids["eos_token_id"]
-    return ids
 
 
 def ends_of_turns(folder: Path) -> list[int]:

@@ -15,6 +15,8 @@ from llmtrain.errors import UserError
 from llmtrain.model.config import MPTConfig
 from llmtrain.tokenizer import TokenizerConfig, fingerprint
 
+TOKENIZER = "tokenizer"
+"""The folder of a run's tokenizer, or of an imported checkpoint's."""
 log = logging.getLogger(__name__)
 
 
@@ -52,15 +54,18 @@ def open_source(path: Path, recipe: Path | None = None) -> Source:
 
 
 def tokenizer_of(checkpoint: Path, recipe: Path | None) -> TokenizerConfig | None:
-    """The tokenizer of a checkpoint: the run's own folder, else what its recipe names; None when nothing says so.
+    """The tokenizer of a checkpoint: its own folder, the run's, else what its recipe names; None when nothing says so.
 
     Raises:
         UserError: the run's tokenizer is not the one that the checkpoint was trained with.
     """
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
-    run = run_folder(checkpoint)
-    if run is not None and (run / "tokenizer" / "tokenizer.json").is_file():
-        found = TokenizerConfig(name=str(run / "tokenizer"))
+    # In the checkpoint's own folder: of an import, which belongs to no run.
+    own = folder if (folder / manifest.MANIFEST).is_file() else None
+    for place in (own, run_folder(checkpoint)):
+        if place is None or not (place / TOKENIZER / "tokenizer.json").is_file():
+            continue
+        found = TokenizerConfig(name=str(place / TOKENIZER))
         _check_fingerprint(folder, found)
         return found
     block = (recipe_of(checkpoint, recipe) or {}).get("tokenizer")

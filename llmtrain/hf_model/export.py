@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from llmtrain.checkpoint.compare import Comparison
-from llmtrain.checkpoint.hugging_face import copy_tokenizer, ends_of_turns
+from llmtrain.checkpoint.hugging_face import ends_of_turns
+from llmtrain.checkpoint.tokenizer_files import copy_tokenizer
 from llmtrain.errors import UserError
 from llmtrain.hf_model.compare import compare_adapters, compare_folder, merging_changes_nothing
 from llmtrain.hf_model.load import DTYPES, cast
