@@ -5,6 +5,7 @@ Neither model is ever whole in memory when it is large: each is run block by blo
 
 import contextlib
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,7 +157,8 @@ def _ask(theirs: Any, ids: Tensor, mask: Tensor, config: MPTConfig) -> Answers:
     tokens = ids[:, :0]
     settings = theirs.generation_config
     if count > 0:
-        with quiet_transformers():
+        with quiet_transformers(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it wonders at the meta device
             sequence = theirs.generate(
                 input_ids=ids,
                 attention_mask=mask.long(),
@@ -198,8 +200,8 @@ def _judge(answers: Answers, wanted: Tensor, mask: Tensor) -> Comparison:
     difference = max(differences, key=lambda d: math.inf if math.isnan(d) else d)
     positions = sum(ours.shape[:-1].numel() for ours, _ in pairs)
     if not difference <= tolerance:  # a NaN is a difference, too
-        problem = f"logits differ by {difference:.2e} (allowed: {tolerance:.2e})"
-        return Comparison([problem], difference, tolerance, positions, 0)
+        apart = f"logits differ by {difference:.2e} (allowed: {tolerance:.2e})"
+        return Comparison([apart], difference, tolerance, positions, 0)
     counts, problems = 0, []
     for row, tokens in zip(wanted[:, length - 1 :], answers.tokens.tolist(), strict=True):
         equal, problem = _greedy_agrees(row, tokens, answers.ends, tolerance)

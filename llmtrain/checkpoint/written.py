@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ class _Safetensors(Weights):
             self._shapes = {name: torch.Size(part.get_shape()) for name, part in slices.items()}
             self._dtypes = {name: _DTYPES[part.get_dtype()] for name, part in slices.items()}
 
-    def _open(self):  # type: ignore[no-untyped-def]
+    def _open(self) -> Any:
         from safetensors import SafetensorError, safe_open
 
         try:
@@ -74,7 +75,8 @@ class _Safetensors(Weights):
 
 
 def _torch_file(path: Path) -> Weights:
+    from llmtrain.checkpoint.torch_file import open_torch_file
     from llmtrain.checkpoint.unpickle import load_full
     from llmtrain.checkpoint.weights import InMemory
 
-    return InMemory(load_full(path))
+    return open_torch_file(path) or InMemory(load_full(path))
