@@ -9,8 +9,8 @@ from typing import Any
 class Side:
     """A process that answers each line of JSON with a line `answer: JSON`."""
 
-    def __init__(self, command: list[str]) -> None:
-        quiet = {"TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
+    def __init__(self, command: list[str], threads: int = 1) -> None:
+        quiet = {"TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": str(threads)}
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **quiet}
         )
