@@ -9,8 +9,11 @@ _PUNCTUATION = frozenset(string.punctuation + "‘’´`")
 
 def normalized(text: str) -> str:
     """Lower case, without punctuation, articles and superfluous blanks: TriviaQA's rule, which llm-foundry takes."""
-    text = "".join(" " if sign in _PUNCTUATION else sign for sign in text.replace("_", " ").lower())
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", _plain(text)).split())
+
+
+def _plain(text: str) -> str:
+    return "".join(" " if sign in _PUNCTUATION else sign for sign in text.replace("_", " ").lower())
 
 
 def cut(text: str, stops: Sequence[str]) -> str:
@@ -35,7 +38,14 @@ def is_right(
     text = cut(generated, stops)
     if cot_delimiter:
         text = text.split(cot_delimiter)[-1]
-    clean = normalized if normalize else str.strip
-    text = clean(text)
-    # An answer of which nothing is left ("The") is no beginning of everything.
-    return any(text.startswith(wanted) if wanted else text == wanted for wanted in map(clean, answers))
+    if normalize:
+        return any(_begins(text, answer) for answer in answers)
+    return any(text.strip().startswith(answer.strip()) for answer in answers)
+
+
+def _begins(text: str, answer: str) -> bool:
+    if wanted := normalized(answer):
+        return normalized(text).startswith(wanted)
+    # An article is all there is ("A", of a question with letters): nothing would be left, with which all texts begin.
+    words = _plain(answer).split()
+    return bool(words) and _plain(text).split()[: len(words)] == words

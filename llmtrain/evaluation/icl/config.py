@@ -5,9 +5,10 @@ Keys, defaults and meanings are those of its `build_icl_evaluators` and `EvalGau
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BeforeValidator,
     Field,
     NonNegativeInt,
@@ -41,6 +42,19 @@ _OLD_METRICS = {
     "InContextLearningExpectedCalibrationError": None,
 }
 _OLD_TYPES = {"question_answering": "generation_task_with_answers", "qa": "generation_task_with_answers"}
+
+
+_T = TypeVar("_T")
+
+
+def _filled(value: tuple[_T, ...]) -> tuple[_T, ...]:
+    # Not min_length: pydantic would report it, too, where one of the items is wrong.
+    if not value:
+        raise ValueError("It is empty: give at least one.")
+    return value
+
+
+NotEmpty = Annotated[tuple[_T, ...], AfterValidator(_filled)]
 
 
 class ICLGenerationConfig(Config):
@@ -226,7 +240,7 @@ class CategoryConfig(Config):
 
     name: str
     """Of the average."""
-    benchmarks: tuple[BenchmarkConfig, ...] = Field(min_length=1)
+    benchmarks: NotEmpty[BenchmarkConfig]
     """The tasks."""
 
 
@@ -245,7 +259,7 @@ class GauntletConfig(Config):
     """Subtract the accuracy of guessing."""
     rescale_accuracy: bool = True
     """Then divide by 1 - that accuracy: guessing is 0, all right is 1."""
-    categories: tuple[CategoryConfig, ...] = Field(min_length=1)
+    categories: NotEmpty[CategoryConfig]
     """The categories."""
     averages: dict[str, tuple[str, ...]] | None = None
     """Name -> categories that are averaged; `default_average` of all of them when left out."""
@@ -274,7 +288,7 @@ class GauntletConfig(Config):
 class TasksFile(Config):
     """A YAML file of tasks."""
 
-    icl_tasks: tuple[ICLTaskConfig, ...] = Field(min_length=1)
+    icl_tasks: NotEmpty[ICLTaskConfig]
     """The tasks."""
 
 
@@ -321,7 +335,7 @@ Gauntlet = Annotated[
 class ICLConfig(Config):
     """All that an evaluation of tasks needs to know; the keys are those of a recipe."""
 
-    icl_tasks: Tasks = Field(min_length=1)
+    icl_tasks: Tasks
     """The tasks, or the path of a YAML file."""
     eval_gauntlet: Gauntlet = None
     """Averages, or the path of a YAML file."""

@@ -50,14 +50,14 @@ def score_pairs(
     device = next(model.parameters()).device
     order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i]))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    rounds = ranks.rounds(len(batches)) if sharded else len(batches)  # asked before the first forward, as all ranks do
     found: dict[int, Scored] = {}
     for batch in batches:
         for i, scored in zip(batch, _forward(model, [pairs[i] for i in batch], confidence, device), strict=True):
             found[i] = scored
         advance(len(batch))
-    if sharded:
-        for _ in range(ranks.rounds(len(batches)) - len(batches)):
-            _idle(model, confidence, device)
+    for _ in range(rounds - len(batches)):
+        _idle(model, confidence, device)
     return [found[i] for i in range(len(pairs))]
 
 
