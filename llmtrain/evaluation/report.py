@@ -90,7 +90,10 @@ def _table(*columns: str) -> Table:
     """Text on the left; all columns behind the first are numbers."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left", overflow="fold", no_wrap=bool(number))
+        if number:
+            table.add_column(column, justify="right", no_wrap=True)
+        else:
+            table.add_column(column, overflow="fold", min_width=len(column))
     return table
 
 
