@@ -9,6 +9,7 @@ from torch import Tensor
 
 from llmtrain.checkpoint.hugging_face_config import from_hugging_face
 from llmtrain.checkpoint.layouts import Layout, choose_layout
+from llmtrain.checkpoint.layouts.reading import mpt_weights
 from llmtrain.checkpoint.names import check_shapes, under_own_names
 from llmtrain.checkpoint.tokenizer_files import copy_tokenizer
 from llmtrain.checkpoint.weights import InMemory, Weights
@@ -85,8 +86,9 @@ def ends_of_turns(folder: Path) -> list[int]:
 def read_hf_folder(path: Path) -> tuple[MPTConfig, Weights]:
     """Open an MPT in a Hugging Face folder: safetensors, or ``.bin`` without running what is in it.
 
-    Transformers' own layout and the older one of MosaicML's remote code; one file or several with an index; a tied
-    ``lm_head.weight`` is dropped.
+    Transformers' own layout and the older one of MosaicML's remote code; Llama and Mistral, which are MPTs with rotary
+    positions and a gate; exports with llmtrain's modelling file, which is not run. One file or several with an index; a
+    tied ``lm_head.weight`` is dropped.
 
     Returns:
         The config, and the parameters by MPT's names, each read when it is asked for, in the dtype of the file.
@@ -94,8 +96,9 @@ def read_hf_folder(path: Path) -> tuple[MPTConfig, Weights]:
     Raises:
         UserError: no config, no weights, not MPT, or weights that do not fit the config (they are named).
     """
-    config = from_hugging_face(read_json(path / "config.json"), str(path / "config.json"))
-    weights = under_own_names(open_tensors(path), config, str(path))
+    data = read_json(path / "config.json")
+    config = from_hugging_face(data, str(path / "config.json"))
+    weights = under_own_names(mpt_weights(data, open_tensors(path)), config, str(path))
     check_shapes(config, weights.shapes(), str(path))
     return config, weights
 

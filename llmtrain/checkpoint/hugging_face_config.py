@@ -100,22 +100,11 @@ def inexpressible(config: MPTConfig) -> list[str]:
     return found
 
 
-def refuse_inexpressible(config: MPTConfig, where: str) -> None:
-    """Raise a UserError that lists every key of :func:`inexpressible`, if there is one."""
-    if problems := inexpressible(config):
-        raise UserError(
-            f"{where}: transformers' own MPT cannot express this model and would silently compute another function:\n  "
-            + "\n  ".join(problems)
-            + "\nExports of such models (with a modelling file, or as another architecture) are not supported yet; the "
-            "checkpoint itself works with `llmtrain generate`."
-        )
-
-
 def to_hugging_face(config: MPTConfig, dtype: str, token_ids: dict[str, int | None]) -> dict[str, Any]:
     """The content of config.json.
 
     Args:
-        config: Must be expressible (:func:`refuse_inexpressible` first).
+        config: Must be expressible (:func:`inexpressible` has nothing to say).
         dtype: Of the weights, such as ``float32``.
         token_ids: ``bos_token_id``, ``eos_token_id``, ``pad_token_id`` where they are known.
     """
@@ -157,17 +146,24 @@ def to_hugging_face(config: MPTConfig, dtype: str, token_ids: dict[str, int | No
 
 
 def from_hugging_face(data: dict[str, Any], where: str) -> MPTConfig:
-    """Build our config from a config.json: transformers' own layout, or MosaicML's older one.
+    """Build our config from a config.json: MPT's, Llama's, Mistral's, or that of our own modelling file.
 
-    In transformers' layout a key that transformers ignores must have the value that it acts as; in MosaicML's layout
-    (class ``MPTForCausalLM``) every key means what it says.
+    MPT's is transformers' own or MosaicML's older one. In transformers' a key that it ignores must have the value that
+    it acts as; in MosaicML's (class ``MPTForCausalLM``) every key means what it says.
 
     Raises:
-        UserError: it is not MPT, or the config cannot be built, or says one thing and does another.
+        UserError: it is another model, or the config cannot be built, or says one thing and does another.
     """
+    from llmtrain.checkpoint.layouts.reading import MODEL_TYPES, mpt_block
+
     architectures = data.get("architectures") or []
+    if data.get("model_type") in MODEL_TYPES:
+        return _validated(mpt_block(data, where), where)
     if data.get("model_type") != "mpt":
-        raise UserError(f"{where}: model_type is {data.get('model_type')!r}; only `mpt` can be read.")
+        raise UserError(
+            f"{where}: model_type is {data.get('model_type')!r}; only `mpt`, `llama` and `mistral` can be read, and "
+            "exports with llmtrain's modelling file."
+        )
     mosaic = bool(architectures) and NATIVE not in architectures and "MPTForCausalLM" in architectures
     attention = {k: v for k, v in (data.get("attn_config") or {}).items() if k not in _ATTENTION_IGNORED}
     block = {key: value for key, value in data.items() if key in _MODEL_KEYS and key != "attn_config"}
@@ -177,11 +173,7 @@ def from_hugging_face(data: dict[str, Any], where: str) -> MPTConfig:
         block = _NATIVE_DEFAULTS | block
     if "norm_eps" not in block and "layer_norm_epsilon" in data:
         block["norm_eps"] = data["layer_norm_epsilon"]
-    try:
-        config = MPTConfig.model_validate({**block, "attn_config": attention})
-    except ValidationError as error:
-        lines = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise UserError(f"{where}: {lines}") from None
+    config = _validated({**block, "attn_config": attention}, where)
     if not mosaic and (problems := inexpressible(config)):
         raise UserError(
             f"{where}: the config asks for what transformers' {NATIVE} ignores, so it is unclear which function is "
@@ -189,3 +181,11 @@ def from_hugging_face(data: dict[str, Any], where: str) -> MPTConfig:
             "weights were trained that way."
         )
     return config
+
+
+def _validated(block: dict[str, Any], where: str) -> MPTConfig:
+    try:
+        return MPTConfig.model_validate(block)
+    except ValidationError as error:
+        lines = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise UserError(f"{where}: {lines}") from None

@@ -92,4 +92,6 @@ def _tokenizer_in(path: Path) -> TokenizerConfig | None:
 
 def _is_mpt(path: Path) -> bool:
     config = read_json(path / "config.json")
-    return config.get("model_type") == "mpt" or any("mpt" in str(a).lower() for a in config.get("architectures") or ())
+    # `llmtrain`: our own modelling file stands beside the weights, for other programs; here it is not run.
+    own = config.get("model_type") in ("mpt", "llmtrain")
+    return own or any("mpt" in str(name).lower() for name in config.get("architectures") or ())

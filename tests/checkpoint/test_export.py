@@ -403,7 +403,7 @@ class TestReadingHuggingFaceFolders:
 
     def test_other_models_and_broken_folders(self, run, tmp_path: Path) -> None:
         with pytest.raises(UserError, match="only `mpt`"):
-            from_hugging_face({"model_type": "llama"}, "config.json")
+            from_hugging_face({"model_type": "gpt2"}, "config.json")
         run.save()
         export(run.folder, tmp_path / "out")
         (tmp_path / "out" / "model.safetensors").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{broken")
