@@ -341,6 +341,17 @@ def chat(
     )
 
 
+@app.command("compare")
+def compare_runs(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, finished or going on: runs/NAME.")],
+    output: Annotated[Path | None, typer.Option(help="Write OUTPUT.json and OUTPUT.png, too.")] = None,
+) -> None:
+    """Runs side by side: losses, evaluations, speed, and where their recipes differ."""
+    from llmtrain.comparison.command import compare_command
+
+    compare_command(runs, output=output)
+
+
 @app.command()
 def version() -> None:
     """Print the version."""
