@@ -139,10 +139,10 @@ def dealt(
     if not batches:
         return []
     mine = [batches[i] for i in ranks.deal(len(batches))]
+    rounds = ranks.rounds(len(mine)) if sharded else 0  # asked first: the ranks' forwards talk to each other as well
     done = [forward(batch) for batch in mine]
-    if sharded:  # the others' forwards need this rank's part of the weights
-        for _ in range(ranks.rounds(len(mine)) - len(mine)):
-            forward(batches[-1])
+    for _ in range(rounds - len(mine)):  # the others' forwards need this rank's part of the weights
+        forward(batches[-1])
     return ranks.gather(done)
 
 

@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,7 +57,7 @@ def run_harness(
     ranks = ranks or Ranks()
     console = console or Console()
     _require(tasks, tokenizer)
-    with _quiet():
+    with _quiet(console):
         import lm_eval
         from lm_eval import evaluator
 
@@ -74,13 +75,14 @@ def run_harness(
         )
         known = Tasks(tasks)
         set_seeds()
-        loaded = [(task, name_of(spec), known.load(task, spec)) for task, spec in known.specs]
+        with contextlib.nullcontext() if ranks.is_first and console.is_terminal else _unsaid():  # downloads have bars
+            loaded = [(task, name_of(spec), known.load(task, spec)) for task, spec in known.specs]
         rows: list[TaskResult] = []
         runs: list[dict[str, Any]] = []
         for task, name, task_dict in loaded:
             lm.what = name
             set_seeds()
-            try:
+            with _unsaid():
                 found = evaluator.evaluate(
                     lm=lm,
                     task_dict=task_dict,
@@ -92,22 +94,16 @@ def run_harness(
                     fewshot_as_multiturn=tasks.apply_chat_template and tasks.fewshot_as_multiturn,
                     confirm_run_unsafe_code=tasks.confirm_run_unsafe_code,
                 )
-            except ValueError as problem:
-                if "UNSAFE_CODE" in str(problem) or "unsafe" in str(problem):
-                    raise UserError(
-                        f"{name}: runs the code that the model writes. Set harness.confirm_run_unsafe_code: true where "
-                        "that may do no harm (a container without network and secrets)"
-                    ) from problem
-                raise
             # All ranks have computed the metrics; but the first one's count, as bootstrap and clocks may differ.
             run = {"task": name, **{key: found[key] for key in _KEPT if key in found}}
             run = ranks.gather_each(json.loads(json.dumps(run, default=str)))[0]
-            rows += _rows(task, name, run)
+            of_task = _rows(task, name, run)
+            if ranks.is_first:
+                _compare(console, task, name, of_task, task.limit or tasks.limit)
+            rows += of_task
             runs.append(run)
             if tasks.log_samples and samples is not None and ranks.is_first:
                 _write_samples(samples, found["samples"])
-    if ranks.is_first:
-        _compare(console, rows, tasks)
     settings = tasks.model_dump(mode="json", exclude={"tasks"}, exclude_defaults=True)
     about = {"lm_eval": lm_eval.__version__, "max_length": lm.max_length, **settings, "runs": runs}
     return TaskResults(rows, about={"harness": about})
@@ -169,20 +165,19 @@ def _number(value: Any) -> int | None:
     return value if isinstance(value, int) else None
 
 
-def _compare(console: Console, rows: list[TaskResult], tasks: HarnessConfig) -> None:
-    """Say which expected values were met, and which metric that was expected no task has."""
-    for task in tasks.tasks:
-        for metric, expected in task.expected.items():
-            met = [row for row in rows if row.task == task.task and row.metric == metric and row.expected == expected]
-            if not met:
-                line = f"note: {task.task}: {metric} {expected:g} is expected, and the task gives no such metric"
-            elif (limit := task.limit or tasks.limit) is not None:
-                line = f"note: {task.task}: {metric} {met[0].value:.4f} of {limit} samples; {expected:g} is of all"
-            else:
-                near = abs(met[0].value - expected) <= task.tolerance
-                how = "as expected" if near else "NOT as expected"
-                line = f"{task.task}: {metric} {met[0].value:.4f}, {how} ({expected:g} within {task.tolerance:g})"
-            console.print(line, highlight=False, soft_wrap=True)
+def _compare(console: Console, task: HarnessTask, name: str, rows: list[TaskResult], limit: int | None) -> None:
+    """Say which expected values were met, and which metric that was expected the task does not have."""
+    for metric, expected in task.expected.items():
+        row = next((row for row in rows if row.metric == metric and row.expected is not None), None)
+        if row is None:
+            line = f"note: {name}: {metric} {expected:g} is expected, and the task gives no such metric"
+        elif limit is not None:
+            line = f"note: {row.label}: {metric} {row.value:.4f} of {limit} samples; {expected:g} is of all"
+        else:
+            near = abs(row.value - expected) <= task.tolerance
+            how = "as expected" if near else "NOT as expected"
+            line = f"{row.label}: {metric} {row.value:.4f}, {how} ({expected:g} within {task.tolerance:g})"
+        console.print(line, highlight=False, soft_wrap=True)
 
 
 def _write_samples(folder: Path, samples: Mapping[str, list[dict[str, Any]]]) -> None:
@@ -200,26 +195,33 @@ def _write_samples(folder: Path, samples: Mapping[str, list[dict[str, Any]]]) ->
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the harness's and the datasets' running commentary; what is worth knowing is said here."""
+def _quiet(console: Console) -> Iterator[None]:
+    """Without the harness's running commentary; what is worth knowing is said on the console."""
     logger = logging.getLogger("lm_eval")
     before, workers = logger.level, os.environ.get("DISABLE_MULTIPROC")
     logger.setLevel(logging.ERROR)
+    console.file = console.file  # else it would follow sys.stdout where that is put aside
     # Bootstrap in this process: a pool would copy a process with a model, threads and perhaps a GPU.
     os.environ["DISABLE_MULTIPROC"] = "1"
     try:
-        with contextlib.redirect_stderr(io.StringIO()) as said:
-            yield
-    except UserError:
-        raise
-    except BaseException:
-        import sys
-
-        sys.stderr.write(said.getvalue())
-        raise
+        yield
     finally:
         logger.setLevel(before)
         if workers is None:
             os.environ.pop("DISABLE_MULTIPROC", None)
         else:
             os.environ["DISABLE_MULTIPROC"] = workers
+
+
+@contextlib.contextmanager
+def _unsaid() -> Iterator[None]:
+    """What is printed, bars and such, is shown only where something went wrong that nobody foresaw."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+            yield
+    except UserError:
+        raise
+    except BaseException:
+        sys.stderr.write(said.getvalue())
+        raise

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from llmtrain.errors import UserError
 from llmtrain.generation.conversation import decode
 from llmtrain.generation.decoder import decoder_for
-from llmtrain.generation.generate import steps
+from llmtrain.generation.generate import Row, steps
 from llmtrain.generation.sampling import Sampling
 from llmtrain.stop_tokens import stop_ids
 
@@ -72,11 +72,10 @@ class Answering:
 def answer(
     model: nn.Module,
     tokenizer: "PreTrainedTokenizerFast",
-    prompts: Sequence[Sequence[int]],
+    prompts: Mapping[int, Sequence[int]],
     how: Answering,
     *,
     seed: int = 0,
-    first_index: int = 0,
     agree: Callable[[Tensor], Tensor] | None = None,
 ) -> list[str]:
     """The text that a model writes after each prompt, up to a stop string, an end token or the longest length.
@@ -84,43 +83,27 @@ def answer(
     Args:
         model: in evaluation mode.
         tokenizer: the model's.
-        prompts: token ids, at least one a prompt; they run as one batch.
+        prompts: number of the prompt among all, which with the seed decides what chance does -> token ids, at least
+            one. They run as one batch.
         how: when answers end, and how tokens are drawn.
         seed: the same seed draws the same.
-        first_index: index of the first prompt among all: each has random numbers of its own.
         agree: see `generate`; for ranks that share a model.
     """
     written: list[list[int]] = [[] for _ in prompts]
-    going = set(range(len(prompts)))
-    ends = stop_ids(tokenizer)
     # Each token has at least one byte of the text, so a stop string lies within so many tokens; a decoder may leave out
     # a space where the piece begins, hence a few more.
     tail = max((len(text.encode()) for text in how.until), default=0) + 4
-    for step in steps(
-        decoder_for(model),
-        prompts,
-        max_new_tokens=how.max_new_tokens,
-        sampling=how.sampling,
-        eos_ids=ends,
-        seed=seed,
-        first_index=first_index,
-        agree=agree,
-    ):
+
+    def ended(row: int, token: int) -> bool:
+        text = str(tokenizer.decode(written[row][-tail:], skip_special_tokens=False))  # one may be a stop string
+        return any(stop in text for stop in how.until)
+
+    rows = [Row(ids, how.max_new_tokens, how.sampling, number) for number, ids in prompts.items()]
+    ends = stop_ids(tokenizer)
+    for step in steps(decoder_for(model), rows, eos_ids=ends, seed=seed, ended=ended, agree=agree):
         for row, token in step:
-            if row not in going:
-                continue
             written[row].append(token)
-            if token in ends or any(
-                text in _with_special_tokens(tokenizer, written[row][-tail:]) for text in how.until
-            ):
-                going.discard(row)
-        if not going:
-            break
     return [_before(decode(tokenizer, tokens), how.until) for tokens in written]
-
-
-def _with_special_tokens(tokenizer: "PreTrainedTokenizerFast", tokens: Sequence[int]) -> str:
-    return str(tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 def _before(text: str, until: Sequence[str]) -> str:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -172,36 +172,34 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         for number, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(number)
         found = [""] * len(requests)
-        first = 0
         with self._progress("answering") as advance:
             for numbers in groups.values():
                 how = Answering.of(requests[numbers[0]].args[1])
-                contexts = [self._prompt(requests[number].args[0], how) for number in numbers]
-                for number, text in zip(numbers, self._answer(contexts, how, first, advance), strict=True):
+                prompts = {number: self._prompt(requests[number].args[0], how) for number in numbers}
+                for number, text in self._answers(prompts, how, advance).items():
                     found[number] = text
-                first += len(numbers)
         return found
 
-    def _answer(self, contexts: Sequence[Sequence[int]], how: Answering, first: int, advance: Advance) -> list[str]:
-        batches = in_batches([len(context) + how.max_new_tokens for context in contexts], self._batch_tokens)
-        starts = [sum(map(len, batches[:i])) for i in range(len(batches))]
+    def _answers(self, prompts: dict[int, list[int]], how: Answering, advance: Advance) -> dict[int, str]:
+        """Number of the request -> text."""
+        numbers = list(prompts)
+        rows = in_batches([len(ids) + how.max_new_tokens for ids in prompts.values()], self._batch_tokens)
+        batches = [[numbers[row] for row in batch] for batch in rows]
 
-        def forward(number: int) -> list[str]:
-            prompts = [contexts[i] for i in batches[number]]
+        def forward(batch: list[int]) -> list[str]:
+            part = {number: prompts[number] for number in batch}
             agree = _as_rank_zero if self._sharded and self._ranks.world > 1 else None
-            index = first + starts[number]  # does not depend on the size of batches: the same random numbers with any
-            texts = answer(self.model, self.tokenizer, prompts, how, seed=SEED, first_index=index, agree=agree)
-            advance(sum(map(len, prompts)))
+            texts = answer(self.model, self.tokenizer, part, how, seed=SEED, agree=agree)
+            advance(sum(map(len, part.values())))
             return texts
 
         # A shared model takes one step after another on all ranks at once: each of them writes all answers.
-        numbers = range(len(batches))
-        texts = [forward(number) for number in numbers] if self._sharded else dealt(numbers, forward, self._ranks)
-        found = [""] * len(contexts)
-        for batch, part in zip(batches, texts, strict=True):
-            for i, text in zip(batch, part, strict=True):
-                found[i] = text
-        return found
+        texts = [forward(batch) for batch in batches] if self._sharded else dealt(batches, forward, self._ranks)
+        return {
+            number: text
+            for batch, part in zip(batches, texts, strict=True)
+            for number, text in zip(batch, part, strict=True)
+        }
 
     def _prompt(self, context: str, how: Answering) -> list[int]:
         room = self.max_length - how.max_new_tokens

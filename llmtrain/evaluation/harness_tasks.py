@@ -31,13 +31,11 @@ class Tasks:
             if not Path(folder).is_dir():
                 raise UserError(f"include_path {folder}: no such folder")
         self.specs = [(task, spec) for task in config.tasks for spec in _specs(task.task)]
-        named = [spec for _, spec in self.specs if isinstance(spec, str)]
-        # The harness reads its thousands of files for their names, which takes seconds. Groups name tasks as well.
-        groups = [spec for _, spec in self.specs if isinstance(spec, dict) and "group" in spec]
-        self._manager = TaskManager(
-            include_path=[str(Path(folder).expanduser()) for folder in config.include_path] or None,
-            include_defaults=bool(named or groups),
-        )
+        named = [name for _, spec in self.specs for name in _names(spec)]
+        folders = [str(Path(folder).expanduser()) for folder in config.include_path] or None
+        self._manager = TaskManager(include_path=folders, include_defaults=False)
+        if not set(named) <= set(self._manager.all_tasks):  # the harness's own: thousands of files, ten seconds
+            self._manager = TaskManager(include_path=folders)
         for name in named:
             if name not in self._manager.all_tasks:
                 raise UserError(_unknown(name, self._manager.all_tasks))
@@ -55,6 +53,11 @@ class Tasks:
             raise UserError(_not_loaded(name, problem)) from problem
         wanted = self._config.num_fewshot if task.num_fewshot is None else task.num_fewshot
         for leaf in leaves(loaded):
+            if getattr(leaf, "UNSAFE_CODE", False) and not self._config.confirm_run_unsafe_code:
+                raise UserError(
+                    f"{name}: runs code that the model writes. Set harness.confirm_run_unsafe_code: true where that "
+                    "can do no harm (a container without network and secrets)"
+                )
             own = leaf.get_config("num_fewshot")
             if wanted is not None and own != 0:
                 leaf.set_config(key="num_fewshot", value=wanted)
@@ -69,6 +72,14 @@ class Tasks:
 def name_of(spec: Spec) -> str:
     """Of the task or group."""
     return spec if isinstance(spec, str) else str(spec.get("group", spec.get("task")))
+
+
+def _names(spec: Spec) -> list[str]:
+    """The tasks and groups that are asked for by name."""
+    if isinstance(spec, str):
+        return [spec]
+    members = spec["task"] if "group" in spec and isinstance(spec.get("task"), list) else []
+    return [member for member in members if isinstance(member, str)]
 
 
 def leaves(loaded: Mapping[Any, Any]) -> Iterator[Any]:
