@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmtrain.checkpoint import manifest
+from llmtrain.checkpoint.best import BEST, follow_best
 from llmtrain.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -94,7 +95,8 @@ def locate(run_or_checkpoint: Path, say: Callable[[str], None] = log.warning) ->
     """Turn what a user points at into one checkpoint: a folder (sharded or full) or a ``.pt`` file.
 
     Accepts a run folder, its ``checkpoints/`` folder, one checkpoint's folder, the ``latest`` link (which means the
-    newest complete checkpoint beside it, wherever the link points) or a ``.pt`` file.
+    newest complete checkpoint beside it, wherever the link points), the ``best`` link (which means what it points to)
+    or a ``.pt`` file.
 
     Raises:
         UserError: nothing is there, or no checkpoint there is complete.
@@ -102,6 +104,8 @@ def locate(run_or_checkpoint: Path, say: Callable[[str], None] = log.warning) ->
     path = run_or_checkpoint
     if path.name == LATEST and path.is_symlink():
         return locate(path.parent, say)
+    if path.name == BEST and path.is_symlink():
+        return follow_best(path)
     if path.is_file():
         return path
     if not path.is_dir():

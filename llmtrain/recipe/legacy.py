@@ -11,8 +11,6 @@ MICROBATCH_AUTO = (
 
 _COMPUTED = "It follows from `global_train_batch_size` and the number of ranks. Remove it."
 
-_LATER_EVALUATION = "Evaluation tasks come later. Remove it for now; `eval_loader` measures loss and perplexity."
-
 ADVICE: Mapping[str, str] = {
     "alibi": ALIBI,
     "*.alibi": ALIBI,
@@ -23,13 +21,9 @@ ADVICE: Mapping[str, str] = {
     "data_remote": "Put it under `variables`, as `${variables.data_remote}`, or set `train_loader.dataset.remote`.",
     "tokenizer_name": "Put it under `variables`, as `${variables.tokenizer_name}`, or set `tokenizer.name`.",
     "dataset": "A dataset stands inside its loader: `train_loader.dataset`.",
-    "icl_max_seq_len": "It was called `icl_seq_len`. " + _LATER_EVALUATION,
-    "icl_seq_len": _LATER_EVALUATION,
-    "icl_tasks": _LATER_EVALUATION,
-    "icl_tasks_str": _LATER_EVALUATION,
-    "icl_subset_num_batches": _LATER_EVALUATION,
-    "eval_gauntlet": _LATER_EVALUATION,
-    "eval_gauntlet_str": _LATER_EVALUATION,
+    "icl_max_seq_len": "The key is `icl_seq_len`.",
+    "icl_tasks_str": "Write the path under `icl_tasks`.",
+    "eval_gauntlet_str": "Write the path under `eval_gauntlet`.",
     "eval_loaders": "The key is `eval_loader`; it takes one loader or a list.",
     "tp_config": "Tensor parallelism is not built. Shard with `fsdp_config`.",
     "parallelism_config": "Write `fsdp_config`.",

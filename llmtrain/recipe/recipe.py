@@ -5,10 +5,12 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
+from llmtrain.checkpoint.best import BestCheckpointConfig
 from llmtrain.config.base import Config, mistake
 from llmtrain.config.durations import Interval, RunLength, Span
 from llmtrain.data.config import TextDatasetConfig, TextLoaderConfig
 from llmtrain.data.finetuning.config import FinetuningLoaderConfig
+from llmtrain.evaluation.icl.config import Gauntlet, ICLConfig, Tasks, refuse_repeated
 from llmtrain.hf_model.config import HFConfig
 from llmtrain.model.config import MPTConfig
 from llmtrain.recipe.legacy import ADVICE, MICROBATCH_AUTO
@@ -191,6 +193,14 @@ class Recipe(Config):
     """Evaluate before the first step, too."""
     eval_subset_num_batches: int = Field(default=-1, ge=-1)
     """Batches of each evaluation loader; -1 is all."""
+    icl_tasks: Tasks = ()
+    """llm-foundry's tasks, put at each evaluation: a list, or the path of a YAML file with one."""
+    icl_seq_len: PositiveInt | None = None
+    """Tokens of question and answer in a task; max_seq_len when left out."""
+    icl_subset_num_batches: int | None = Field(default=None, ge=-1)
+    """Batches of device_eval_batch_size of each task on each rank; all when left out, or -1."""
+    eval_gauntlet: Gauntlet = None
+    """Averages over tasks, by category: a block, or the path of a YAML file with one."""
 
     # Starting point and checkpoints
     save_folder: str | None = None
@@ -199,6 +209,8 @@ class Recipe(Config):
     """How often; a plain number counts epochs. The end of the run is always saved."""
     save_num_checkpoints_to_keep: int = Field(default=-1, ge=-1)
     """The newest so many are kept; -1 keeps all."""
+    best_checkpoint: BestCheckpointConfig | None = None
+    """Also keep the best one: `checkpoints/best` is a link to it. `{}` watches the loss of `eval`."""
     save_overwrite: bool = False
     """Start anew in a folder that has checkpoints of an earlier run, and replace them."""
     save_weights_only: bool = False
@@ -264,6 +276,28 @@ class Recipe(Config):
         """Label -> loader: `eval` for a single one without label, else `eval/LABEL`."""
         return {f"eval/{loader.label}" if loader.label else "eval": loader for loader in self.eval_loader}
 
+    def icl(self, batch_size: int) -> ICLConfig | None:
+        """The tasks, with what the recipe says for all of them; None when there are none."""
+        if not self.icl_tasks:
+            return None
+        subset = self.icl_subset_num_batches
+        return ICLConfig(
+            icl_tasks=self.icl_tasks,
+            eval_gauntlet=self.eval_gauntlet,
+            icl_seq_len=self.icl_seq_len or self.max_seq_len,
+            icl_subset_num_batches=-1 if subset is None else subset,
+            device_eval_batch_size=batch_size,
+        )
+
+    def watched_evaluators(self) -> dict[str, str]:
+        """Key in the recipe -> label of the evaluator that it watches."""
+        watched = {}
+        if self.callbacks is not None and self.callbacks.early_stopper is not None:
+            watched["callbacks.early_stopper.dataloader_label"] = self.callbacks.early_stopper.dataloader_label
+        if self.best_checkpoint is not None:
+            watched["best_checkpoint.dataloader_label"] = self.best_checkpoint.dataloader_label
+        return watched
+
     def finetuning_loaders(self) -> dict[str, FinetuningLoaderConfig]:
         """Key in the recipe -> loader, of those that read conversations."""
         loaders = {"train_loader": self.train_loader}
@@ -306,10 +340,28 @@ class Recipe(Config):
                 raise mistake("With several loaders each needs a `label`.", f"eval_loader.{index}.label")
             if label in labels[:index]:
                 raise mistake("Two loaders have this label.", f"eval_loader.{index}.label")
-        stopper = self.callbacks.early_stopper if self.callbacks is not None else None
-        if stopper is not None and stopper.dataloader_label not in self.evaluators():
-            known = ", ".join(f"`{label}`" for label in self.evaluators()) or "none: there is no eval_loader"
-            raise mistake(f"There is no such evaluator. Known: {known}.", "callbacks.early_stopper.dataloader_label")
+        return self
+
+    @model_validator(mode="after")
+    def _evaluators_are_there(self) -> Self:
+        refuse_repeated(self.icl_tasks)
+        if self.eval_gauntlet is not None and not self.icl_tasks:
+            raise mistake("It averages over tasks, and there are none. Add `icl_tasks`.", "eval_gauntlet")
+        if self.best_checkpoint is not None and self.save_folder is None:
+            raise mistake(
+                "Checkpoints are saved with a `save_folder` only. Give one, or remove this.", "best_checkpoint"
+            )
+        tasks = {f"{task.label}/{n}-shot": task for task in self.icl_tasks for n in task.num_fewshot}
+        labels = [*self.evaluators(), *tasks]
+        for key, label in self.watched_evaluators().items():
+            if key.startswith("best_checkpoint") and label == "eval_gauntlet" and self.eval_gauntlet is not None:
+                continue
+            # Which categories a task has, its file says: they are looked at when the run begins.
+            if any(task.has_categories and label.startswith(f"{name}/") for name, task in tasks.items()):
+                continue
+            if label not in labels or (label in tasks and tasks[label].has_categories):
+                known = ", ".join(f"`{name}`" for name in labels) or "none: there is no eval_loader"
+                raise mistake(f"There is no such evaluator. Known: {known}.", key)
         return self
 
     @model_validator(mode="after")

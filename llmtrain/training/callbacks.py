@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, field_validator, model_validator
 
+from llmtrain.checkpoint.best import lower_is_better
 from llmtrain.config.base import Config
 from llmtrain.config.durations import BatchesOrEpochs, Interval
 from llmtrain.config.named_blocks import NamedBlocks
@@ -68,9 +69,9 @@ class EarlyStopperConfig(Config):
     """Stops the run when an evaluation metric no longer improves."""
 
     monitor: str
-    """Name of the metric: `LanguageCrossEntropy`, `LanguagePerplexity` or `TokenAccuracy`."""
+    """Name of the metric: `LanguageCrossEntropy`, `LanguagePerplexity`, `TokenAccuracy`, or a task's."""
     dataloader_label: str
-    """The evaluator that computes it: `eval`, or `eval/LABEL` when there are several."""
+    """The evaluator that computes it: `eval`, `eval/LABEL` when there are several, or a task's `LABEL/N-shot`."""
     comp: Literal["less", "lt", "greater", "gt"] | None = None
     """What is better; when left out, less for losses, errors and perplexities, greater for the rest."""
     min_delta: NonNegativeFloat = 0.0
@@ -243,13 +244,23 @@ class HFCheckpointerConfig(Config):
     """Accepted for old recipes; means nothing."""
 
 
+class EvalOutputLoggingConfig(Config):
+    """What the model makes of the first questions of each task: `eval_outputs.jsonl`, and the loggers' tables."""
+
+    n_rows: PositiveInt = 3
+    """Questions of each task. (llm-foundry logs all of them.)"""
+    log_tokens: bool = False
+    """Accepted for old recipes; texts are logged."""
+    log_output_text: bool | None = None
+    """Accepted for old recipes; texts are logged."""
+
+
 class CallbacksConfig(NamedBlocks):
     """Callbacks by name."""
 
     ADVICE: ClassVar[Mapping[str, str]] = {
         "mono_checkpoint_saver": "Not needed: `llmtrain export` reads sharded checkpoints. Remove it.",
-        "eval_output_logging": "Comes later, with the evaluation tasks. Remove it for now.",
-        "eval_gauntlet": "Comes later, with the evaluation tasks. Remove it for now.",
+        "eval_gauntlet": "It is a key of the recipe's top level: `eval_gauntlet`, beside `icl_tasks`.",
         "load_checkpoint": "Use the top-level key `load_path`, with `load_weights_only: true` for weights alone.",
         "async_eval": "Existed only on the MosaicML platform. Remove it.",
         "checkpoint_saver": "Checkpoints are asked for by the top-level `save_folder` and `save_interval`.",
@@ -281,6 +292,8 @@ class CallbacksConfig(NamedBlocks):
     """Samples from fixed prompts."""
     loss_by_position: LossByPositionConfig | None = None
     """Loss by position in the window."""
+    eval_output_logging: EvalOutputLoggingConfig | None = None
+    """Questions and answers of tasks."""
     hf_checkpointer: HFCheckpointerConfig | None = None
     """Exports during the run."""
 
@@ -291,6 +304,7 @@ def callback_classes() -> "dict[str, type[Callback]]":
 
     from llmtrain.training.generate_callback import GenerateCallback
     from llmtrain.training.hf_checkpointer import HuggingFaceCheckpointer
+    from llmtrain.training.icl_callback import EvalOutputLogging
     from llmtrain.training.loss_by_position import LossByPositionCallback
     from llmtrain.training.optimizer_monitor import OptimizerMonitor
     from llmtrain.training.scheduled_gc import ScheduledGC
@@ -309,6 +323,7 @@ def callback_classes() -> "dict[str, type[Callback]]":
         "scheduled_gc": ScheduledGC,
         "generate_callback": GenerateCallback,
         "loss_by_position": LossByPositionCallback,
+        "eval_output_logging": EvalOutputLogging,
         "hf_checkpointer": HuggingFaceCheckpointer,
     }
 
@@ -337,6 +352,9 @@ def build_callbacks(
     built: list[Any] = []
     for name, settings in cfg.switched_on():
         arguments: dict[str, Any] = settings.model_dump()
+        if name == "early_stopper" and arguments["comp"] is None:
+            # Composer goes by "loss", "error", "perplexity" in the name: to it a larger LanguageCrossEntropy is better.
+            arguments["comp"] = "less" if lower_is_better(arguments["monitor"]) else "greater"
         try:
             built.append(classes[name](**arguments))
         except ImportError as error:

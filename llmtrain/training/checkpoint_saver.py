@@ -13,6 +13,7 @@ from composer.utils import dist
 from composer.utils.checkpoint import save_checkpoint
 
 from llmtrain.checkpoint import manifest
+from llmtrain.checkpoint.best import Best, write_best
 from llmtrain.checkpoint.resolve import checkpoints_in
 from llmtrain.errors import UserError
 from llmtrain.training.agreement import from_all_ranks, from_rank_zero
@@ -36,6 +37,9 @@ class CheckpointSaver(Callback):  # type: ignore[misc]
         record: what the manifest tells besides files: recipe, tokenizer fingerprint, attention kernel.
         refused: names of checkpoints in `folder` that were found damaged; they do not count for `keep`.
         replaces: checkpoints of an earlier run; deleted when the first new one is complete.
+
+    Attributes:
+        protected: name of the checkpoint that `best` points to; it is never deleted and does not count for `keep`.
     """
 
     def __init__(
@@ -58,8 +62,10 @@ class CheckpointSaver(Callback):  # type: ignore[misc]
         self.refused = set(refused)
         self.replaces = list(replaces)
         self._is_due = create_interval_scheduler(interval)
+        self.protected: str | None = None
         self._due_at_epoch_end = False
         self._last_saved: tuple[int, int] | None = None
+        self._wants_best: tuple[str, str, float] | None = None
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Removes what a killed run left half-written, and checks that all ranks see the same folder.
@@ -82,15 +88,19 @@ class CheckpointSaver(Callback):  # type: ignore[misc]
                 "Give a folder on storage that all nodes share."
             )
 
+    def wants_best(self, monitor: str, label: str, value: float) -> None:
+        """The step that has just been evaluated is the best so far: it is saved when its turn comes, and linked."""
+        self._wants_best = (monitor, label, value)
+
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
-        if self._is_due(state, Event.BATCH_CHECKPOINT):
+        if self._is_due(state, Event.BATCH_CHECKPOINT) or self._wants_best:
             if int(state.timestamp.batch_in_epoch) == state.dataloader_len:
                 self._due_at_epoch_end = True  # saved in a moment, when the epoch has been counted
             else:
                 self.save(state)
 
     def epoch_checkpoint(self, state: State, logger: Logger) -> None:
-        if self._is_due(state, Event.EPOCH_CHECKPOINT) or self._due_at_epoch_end:
+        if self._is_due(state, Event.EPOCH_CHECKPOINT) or self._due_at_epoch_end or self._wants_best:
             self.save(state)
 
     def save(self, state: State) -> None:
@@ -101,10 +111,12 @@ class CheckpointSaver(Callback):  # type: ignore[misc]
         """
         self._due_at_epoch_end = False
         moment = (int(state.timestamp.epoch), int(state.timestamp.batch))
+        name = f"ep{moment[0]}-ba{moment[1]}"
         if self._last_saved == moment:
+            from_rank_zero(lambda: self._link_saved(name, moment[1]))
+            self._wants_best = None
             return
         started = time.monotonic()
-        name = f"ep{moment[0]}-ba{moment[1]}"
         staged = self.folder / STAGING / name
         sharded = bool(state.fsdp_sharded_state_dict_enabled)
         # Composer puts sharded files into a folder epE-baB beside the file name that it is given.
@@ -125,7 +137,7 @@ class CheckpointSaver(Callback):  # type: ignore[misc]
         entries = {key: entry for part in from_all_ranks(hashes) for key, entry in part.items()}
         kind: Literal["sharded", "full"] = "sharded" if sharded else "full"
         from_rank_zero(lambda: self._publish(state, staged, name, entries, kind))
-        self._last_saved = moment
+        self._last_saved, self._wants_best = moment, None
         if dist.get_global_rank() == 0:
             size, seconds = sum(entry.size for entry in entries.values()), time.monotonic() - started
             print(
@@ -172,8 +184,26 @@ class CheckpointSaver(Callback):  # type: ignore[misc]
             if old != final:
                 shutil.rmtree(old, ignore_errors=True)
         self.replaces = []
+        self._link_best(name, int(state.timestamp.batch))
         self._retain(final)
         shutil.rmtree(self.folder / STAGING, ignore_errors=True)
+
+    def _link_best(self, name: str, step: int) -> None:
+        """Has `best` point to a checkpoint that is complete, if it is the best. Rank 0 only."""
+        if self._wants_best is None:
+            return
+        monitor, label, value = self._wants_best
+        best = Best(checkpoint=name, step=step, monitor=monitor, dataloader_label=label, value=value)
+        write_best(self.folder, best, self.folder / STAGING)
+        self.protected = name
+        print(f"best        {label} {monitor} {value:.6g} at step {step}: {name}", file=sys.stderr, flush=True)
+
+    def _link_saved(self, name: str, step: int) -> None:
+        """The same for a checkpoint that had been saved before it was evaluated."""
+        if self._wants_best is not None:
+            self._link_best(name, step)
+            self._retain(self.folder / name)
+            shutil.rmtree(self.folder / STAGING, ignore_errors=True)
 
     def _retain(self, newest: Path) -> None:
         """Deletes the oldest of the checkpoints that are good, and never the one that was just written."""
@@ -182,7 +212,10 @@ class CheckpointSaver(Callback):  # type: ignore[misc]
         good = [
             info.path
             for info in checkpoints_in(self.folder)
-            if info.problem is None and info.path.name not in self.refused and info.path != newest
+            if info.problem is None
+            and info.path.name not in self.refused
+            and info.path != newest
+            and info.path.name != self.protected
         ]
         for old in good[max(self.keep, 1) - 1 :]:
             shutil.rmtree(old)

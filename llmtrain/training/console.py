@@ -11,6 +11,17 @@ from composer.utils.misc import create_interval_scheduler
 
 from llmtrain.training.loss_curve import TRAIN_LOSS
 
+_NAMES = {
+    "LanguageCrossEntropy": "loss",
+    "LanguagePerplexity": "perplexity",
+    "TokenAccuracy": "accuracy",
+    "InContextLearningLMAccuracy": "accuracy",
+    "InContextLearningMultipleChoiceAccuracy": "accuracy",
+    "InContextLearningGenerationExactMatchAccuracy": "exact match",
+    "InContextLearningLMExpectedCalibrationError": "calibration error",
+    "InContextLearningMCExpectedCalibrationError": "calibration error",
+}
+
 
 class Console(LoggerDestination):  # type: ignore[misc]
     """Prints progress on rank 0.
@@ -46,10 +57,9 @@ class Console(LoggerDestination):  # type: ignore[misc]
             return
         started, label = self._evaluating
         seconds = time.monotonic() - started
-        names = {"LanguageCrossEntropy": "loss", "LanguagePerplexity": "perplexity", "TokenAccuracy": "accuracy"}
         # As logged: computing a metric here would be a collective call on one rank.
         values = [
-            f"{names.get(name, name)} {self._metrics[key]:.4g}"
+            f"{_NAMES.get(name, name)} {self._metrics[key]:.4g}"
             for name in sorted(state.eval_metrics.get(label, {}))
             if (key := f"metrics/{label}/{name}") in self._metrics
         ]

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from llmtrain.training.length_warmup import LengthWarmup
 
 FIRST_BATCH = "first_batch.txt"
+LOSS_METRICS = ("LanguageCrossEntropy", "LanguagePerplexity", "TokenAccuracy")
 
 
 def open_tokenizer(recipe: Recipe) -> "PreTrainedTokenizerFast":
@@ -83,7 +84,7 @@ class Loaders:
         for label, cfg in self.recipe.evaluators().items():
             loader = self._build(cfg, device_batch_size=self.batch.device_eval_batch_size, evaluation=True)
             spec = DataSpec(loader, get_num_tokens_in_batch=tokens_in_batch)
-            evaluators.append(Evaluator(label=label, dataloader=spec))
+            evaluators.append(Evaluator(label=label, dataloader=spec, metric_names=list(LOSS_METRICS)))
         return evaluators
 
     def show(self, train: DataSpec, run: Path) -> None:

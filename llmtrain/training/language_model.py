@@ -1,6 +1,6 @@
 """MPT, or a model of transformers, as Composer sees it."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from composer.models import ComposerModel
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from llmtrain.model.config import MPTConfig
 from llmtrain.model.flops import flops_per_token
 from llmtrain.model.mpt import MPT, MPTOutput
 from llmtrain.training.metrics import LanguageCrossEntropy, LanguagePerplexity, TokenAccuracy
+
+if TYPE_CHECKING:
+    from llmtrain.training.icl_callback import TaskEvaluation
 
 Batch = dict[str, Tensor]
 
@@ -26,6 +29,7 @@ class LanguageModel(ComposerModel):  # type: ignore[misc]
         should_save_peft_only: leave frozen weights out of the state dict. (The name is Composer's: it switches this off
             while rank 0 sends all weights to the other ranks.)
         gives_token_losses: in evaluation, outputs have the loss of each token, too.
+        tasks: what evaluates the tasks of the run, where it has some.
     """
 
     def __init__(self, model: MPT | HFCausalLM, config: MPTConfig | HFConfig) -> None:
@@ -34,6 +38,7 @@ class LanguageModel(ComposerModel):  # type: ignore[misc]
         self.config = config
         self.should_save_peft_only = isinstance(config, HFConfig) and config.saves_adapters_only
         self.gives_token_losses = False
+        self.tasks: TaskEvaluation | None = None
 
     def forward(self, batch: Batch) -> MPTOutput:
         """A batch of `input_ids`, `labels` (B, T) and optional masks becomes the loss and its sums."""
@@ -46,16 +51,24 @@ class LanguageModel(ComposerModel):  # type: ignore[misc]
         assert outputs.loss is not None
         return outputs.loss
 
-    def eval_forward(self, batch: Batch, outputs: MPTOutput | None = None) -> MPTOutput:
+    def eval_forward(self, batch: Batch, outputs: MPTOutput | None = None) -> Any:
+        """The forward of a batch; of one that names a task, the scores of the whole task (TaskScores)."""
+        if self.tasks is not None and "icl_task" in batch:
+            return self.tasks.evaluate(self, int(batch["icl_task"]))
         return outputs if outputs is not None else self.forward(batch)
 
     def get_metrics(self, is_train: bool = False) -> dict[str, Metric]:
         if is_train:  # the training loss is logged by the trainer; metrics would cost a second forward
             return {}
         metrics = (LanguageCrossEntropy(), LanguagePerplexity(), TokenAccuracy())
-        return {type(metric).__name__: metric for metric in metrics}
+        of_tasks = self.tasks.metrics() if self.tasks is not None else {}
+        return {type(metric).__name__: metric for metric in metrics} | of_tasks
 
-    def update_metric(self, batch: Any, outputs: MPTOutput, metric: Metric) -> None:
+    def is_task(self, label: str) -> bool:
+        """Whether an evaluator puts a task, so that its outputs are scores."""
+        return self.tasks is not None and label in self.tasks.labels
+
+    def update_metric(self, batch: Any, outputs: Any, metric: Metric) -> None:
         metric.update(outputs)
 
     def flops_per_batch(self, batch: Batch) -> float:

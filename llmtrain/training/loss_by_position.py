@@ -42,15 +42,18 @@ class LossByPositionCallback(Callback):  # type: ignore[misc]
         self._folder = folder
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        if not state.evaluators:
+        if all(_language_model(state).is_task(evaluator.label) for evaluator in state.evaluators):
             raise UserError("callbacks.loss_by_position: there is no evaluation in this run. Add an eval_loader.")
 
     def eval_start(self, state: State, logger: Logger) -> None:
+        if _language_model(state).is_task(str(state.dataloader_label)):
+            return
         self._losses = LossByPosition(state.device._device)
         _language_model(state).gives_token_losses = True
 
     def eval_after_forward(self, state: State, logger: Logger) -> None:
-        assert self._losses is not None
+        if self._losses is None:  # a task
+            return
         token_losses = state.outputs.token_losses
         assert token_losses is not None
         sharing = getattr(_language_model(state).model, "ranks", None)
@@ -59,7 +62,8 @@ class LossByPositionCallback(Callback):  # type: ignore[misc]
         self._losses.add(token_losses, state.batch["labels"], _positions(state))
 
     def eval_end(self, state: State, logger: Logger) -> None:
-        assert self._losses is not None
+        if self._losses is None:
+            return
         _language_model(state).gives_token_losses = False
         losses, self._losses = _over_ranks(self._losses), None
         label, step = str(state.dataloader_label), int(state.timestamp.batch)

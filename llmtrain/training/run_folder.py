@@ -86,6 +86,12 @@ class MetricsFile(LoggerDestination):  # type: ignore[misc]
         self._flush()
         self._draw()
 
+    def eval_after_all(self, state: State, logger: Logger) -> None:
+        self._flush()  # averages over several evaluators
+
+    def eval_standalone_end(self, state: State, logger: Logger) -> None:
+        self._flush()
+
     def fit_end(self, state: State, logger: Logger) -> None:
         self._flush()
         self._draw()

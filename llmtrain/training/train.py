@@ -22,6 +22,7 @@ from llmtrain.tokenizer import fingerprint_of
 from llmtrain.training import activation_checkpointing, composer_adapter, environment, resume
 from llmtrain.training.agreement import from_all_ranks, from_rank_zero
 from llmtrain.training.algorithms import build_algorithms
+from llmtrain.training.best_checkpoint import BestCheckpoint
 from llmtrain.training.callbacks import build_callbacks
 from llmtrain.training.checkpoint_saver import CheckpointSaver, free_space_warning
 from llmtrain.training.compile import compile_blocks
@@ -30,6 +31,7 @@ from llmtrain.training.data import Loaders, open_tokenizer
 from llmtrain.training.fsdp import ShardingPlan, translate
 from llmtrain.training.gradient_check import check_gradient_average
 from llmtrain.training.hf_checkpointer import exporters, failed_exports, last_export_made_up
+from llmtrain.training.icl_callback import EvalGauntlet, EvalOutputLogging, TaskEvaluation, task_evaluation
 from llmtrain.training.language_model import LanguageModel
 from llmtrain.training.length_warmup import LengthWarmup
 from llmtrain.training.loggers import build_loggers
@@ -94,6 +96,7 @@ def assemble(recipe: Recipe, start: resume.StartingPoint, device: torch.device) 
     train_data, evaluators = loaders.train(warmup), loaders.evaluators()
     loaders.show(train_data, run.path)
     model = build_model(recipe, sharding, start.weights, n_tokens=len(tokenizer))
+    model.tasks = task_evaluation(recipe, tokenizer, model, device, batch.device_eval_batch_size)
     optimizer = build_optimizer(recipe.optimizer, model)
     if batch.sequence_parallel_degree > 1 and isinstance(model.model, MPT):
         model.model.ranks = SequenceParallel.of_this_rank(batch.sequence_parallel_degree, device.type)
@@ -118,6 +121,7 @@ def assemble(recipe: Recipe, start: resume.StartingPoint, device: torch.device) 
         *([warmup] if warmup else []),
         *built,
         *source_callbacks(train_data, evaluators),
+        *evaluation_callbacks(recipe, model.tasks, saver, built, run.path),
         preemption,
         *([saver] if saver else []),
     ]
@@ -143,7 +147,7 @@ def assemble(recipe: Recipe, start: resume.StartingPoint, device: torch.device) 
         device_train_microbatch_size=batch.microbatch_size,
         accumulate_train_batch_on_tokens=recipe.accumulate_train_batch_on_tokens,
         spin_dataloaders=recipe.spin_dataloaders,
-        eval_dataloader=evaluators,
+        eval_dataloader=[*evaluators, *(model.tasks.evaluators() if model.tasks is not None else [])],
         eval_interval=recipe.eval_interval,
         eval_subset_num_batches=recipe.eval_subset_num_batches,
         callbacks=callbacks,
@@ -223,6 +227,22 @@ def build_warmup(recipe: Recipe) -> LengthWarmup | None:
     """What shortens sequences at the start of the run, if the recipe asks for it."""
     cfg = recipe.algorithms.seq_length_warmup if recipe.algorithms is not None else None
     return LengthWarmup(cfg, recipe.train_loader.dataset.max_seq_len) if cfg is not None else None
+
+
+def evaluation_callbacks(
+    recipe: Recipe, tasks: TaskEvaluation | None, saver: CheckpointSaver | None, built: list[Any], run: Path
+) -> list[Any]:
+    """What looks at the results of an evaluation: the gauntlet, then who may watch it."""
+    gauntlet = None
+    if recipe.eval_gauntlet is not None and tasks is not None:
+        gauntlet = EvalGauntlet(recipe.eval_gauntlet, tasks)
+    for callback in built:
+        if isinstance(callback, EvalOutputLogging):
+            callback.attach(tasks, run)
+    best = None
+    if recipe.best_checkpoint is not None and saver is not None:
+        best = BestCheckpoint(recipe.best_checkpoint, saver, gauntlet)
+    return [callback for callback in (gauntlet, best) if callback is not None]
 
 
 def build_saver(

@@ -73,13 +73,14 @@ TRAIN_KEYS = [
     "run_name",
     "profiler",
     "variables",
-]
-LATER_KEYS = [
-    "tp_config",
     "icl_tasks",
     "eval_gauntlet",
     "icl_subset_num_batches",
     "icl_seq_len",
+    "best_checkpoint",  # llmtrain's own
+]
+LATER_KEYS = [
+    "tp_config",
     "only_hf_checkpoint",
     "only_composer_checkpoint",
     "device_train_batch_size",
@@ -123,6 +124,8 @@ def test_every_field_has_documentation() -> None:
 ALIBI = "the run would train without ALiBi"
 
 
+ICL_TASK = {"label": "t", "dataset_uri": "x.jsonl", "num_fewshot": [0], "icl_task_type": "language_modeling"}
+CATEGORY = {"name": "a", "benchmarks": [{"name": "t", "num_fewshot": 0, "random_baseline": 0.5}]}
 SHAPE = {"d_model": 32, "n_heads": 2, "n_layers": 1}
 
 
@@ -159,7 +162,11 @@ SHAPE = {"d_model": 32, "n_heads": 2, "n_layers": 1}
         ),
         ({"callbacks": {"speed_monitr": {}}}, "callbacks.speed_monitr", "Did you mean `speed_monitor`?"),
         ({"callbacks": {"speed_monitor": {"window": 3}}}, "callbacks.speed_monitor.window", "`window_size`"),
-        ({"callbacks": {"hf_checkpointer": {"save_folder": "x"}}}, "callbacks.hf_checkpointer", "llmtrain export"),
+        (
+            {"callbacks": {"hf_checkpointer": {"save_folder": "x", "mlflow_logging_config": {}}}},
+            "callbacks.hf_checkpointer.mlflow_logging_config",
+            "MLflow's registry is not used",
+        ),
         (
             {"callbacks": {"early_stopper": {"monitor": "x", "dataloader_label": "eval"}}},
             "callbacks.early_stopper.dataloader_label",
@@ -179,7 +186,16 @@ SHAPE = {"d_model": 32, "n_heads": 2, "n_layers": 1}
         ({"tokenizer_name": "x"}, "tokenizer_name", "tokenizer.name"),
         ({"dataset": {}}, "dataset", "train_loader.dataset"),
         ({"n_gpus": 8}, "n_gpus", "Remove it"),
-        ({"eval_gauntlet": "x.yaml"}, "eval_gauntlet", "come later"),
+        ({"eval_gauntlet": {"categories": [CATEGORY]}}, "eval_gauntlet", "Add `icl_tasks`"),
+        ({"icl_tasks": [{**ICL_TASK, "num_fewshots": 1}]}, "icl_tasks.0.num_fewshots", "Did you mean `num_fewshot`?"),
+        ({"icl_tasks": [ICL_TASK, ICL_TASK]}, "icl_tasks.1.label", "stands there twice"),
+        ({"best_checkpoint": {}}, "best_checkpoint", "Give one, or remove this"),
+        (
+            {"best_checkpoint": {"dataloader_label": "t/1-shot"}, "save_folder": "x", "icl_tasks": [ICL_TASK]},
+            "best_checkpoint.dataloader_label",
+            "Known: `t/0-shot`",
+        ),
+        ({"callbacks": {"eval_gauntlet": {}}}, "callbacks.eval_gauntlet", "top level"),
         (
             {"train_loader": {"name": "finetuning", "dataset": {"hf_name": "x"}}},
             "train_loader.dataset.hf_name",
