@@ -113,6 +113,7 @@ def add_up(
     losses = LossByPosition(device)
     # The longest first: then the ranks' shares are alike, and the rows of a batch, too.
     order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
+    left = sum(lengths) - len(lengths)
     mine = list(_batches([order[i] for i in ranks.deal(len(order))], lengths, batch_tokens, batch_size))
     for turn in range(ranks.rounds(len(mine)) if sharded else len(mine)):
         counts = turn < len(mine)  # else the others have more to do, and need this one's part of the model
@@ -127,7 +128,9 @@ def add_up(
         if by_source is not None:
             numbers = [by_source.names.index(source_of(number)) for number in batch]
             by_source.add(output.token_losses, labels, torch.tensor(numbers, device=device))
-        advance(ranks.world * sum(lengths[number] - 1 for number in batch))
+        now = min(left, ranks.world * sum(lengths[number] - 1 for number in batch))  # the others' are about alike
+        advance(now)
+        left -= now
     if by_source is not None:
         by_source.sums = ranks.sum(by_source.sums)
     return losses.over_ranks(ranks.sum, lengths[order[0]])

@@ -113,7 +113,7 @@ def _losses_table(found: Sequence[Evaluated]) -> Table:
     if any(at.n_bytes is not None for _, at in all_of_them):
         columns.append(("bits/byte", lambda one, at: "-" if at.bits_per_byte is None else f"{at.bits_per_byte:.4f}"))
     columns += [
-        ("in the last eighth", lambda one, at: _at_the_end(at)),
+        ("last eighth", lambda one, at: _at_the_end(at)),
         ("targets", lambda one, at: f"{at.losses.targets:,}"),
         ("tokens/s", lambda one, at: f"{at.losses.targets / max(at.seconds, 1e-9):,.0f}"),
     ]
