@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from llmtrain.checkpoint.torch_file import Archive, UnknownLayoutError
-from llmtrain.checkpoint.unpickle import read_metadata
+from llmtrain.checkpoint.unpickle import load_object, read_metadata
 from llmtrain.checkpoint.weights import Weights
 from llmtrain.errors import UserError
 
@@ -122,7 +122,7 @@ def _load(path: Path, offset: int, length: int, name: str) -> object:
     try:
         with path.open("rb") as file:
             file.seek(offset)
-            return torch.load(io.BytesIO(file.read(length)), map_location="cpu", weights_only=True)
-    except Exception as error:  # torch reports a damaged archive in many ways
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        raise UserError(f"{path}: `{name}` cannot be read ({type(error).__name__}: {first_line}).") from None
+            content = io.BytesIO(file.read(length))
+    except OSError as error:
+        raise UserError(f"{path}: `{name}` cannot be read ({type(error).__name__}: {error.strerror}).") from None
+    return load_object(content, f"{path}: `{name}`", "cpu")

@@ -89,19 +89,40 @@ def load_full(path: Path) -> Any:
             ) from None
 
 
-def load_object(content: io.BytesIO, name: str) -> Any:
+def refuse_code(folder: Path) -> None:
+    """Look through the ``.bin`` files of a model or adapters before another library opens them; runs nothing.
+
+    transformers and PEFT open them with ``weights_only``, too, but some of their versions by default only, and their
+    messages do not say what was found where. A folder with safetensors has no use for its ``.bin`` files.
+
+    Raises:
+        UserError: a file names a global outside of the list of :func:`load_full` (file and global are named).
+    """
+    if any(folder.glob("*.safetensors")):
+        return
+    for path in sorted((*folder.glob("pytorch_model*.bin"), *folder.glob("adapter_model*.bin"))):
+        unsafe: list[str] = []
+        # Older formats and damaged files are left to weights_only.
+        with contextlib.suppress(Exception), torch.serialization.safe_globals(_full_checkpoint_globals()):
+            unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        if unsafe:
+            raise UserError(f"{path}: refused, it names `{'`, `'.join(sorted(set(unsafe)))}`. {_HOW_TO}")
+
+
+def load_object(content: io.BytesIO, name: str, map_location: str | None = None) -> Any:
     """``torch.load`` of one object of a sharded checkpoint with ``weights_only`` and the list of :func:`load_full`.
 
     Args:
         content: what ``torch.save`` wrote.
         name: what messages call it.
+        map_location: as in ``torch.load``.
 
     Raises:
         UserError: it is damaged, or names a global outside the list (the global is named).
     """
     with torch.serialization.safe_globals(_full_checkpoint_globals()):
         try:
-            return torch.load(content, weights_only=True)
+            return torch.load(content, map_location=map_location, weights_only=True)
         except pickle.UnpicklingError as error:
             raise UserError(_refusal(name, content, error)) from None
         except Exception as error:

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import pickle
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
+from llmtrain.checkpoint.unpickle import refuse_code
 from llmtrain.errors import UserError
 from llmtrain.hf_model.config import HFConfig
 from llmtrain.quiet_transformers import quiet_transformers
@@ -112,6 +114,7 @@ def with_weights(cfg: HFConfig, config: Any, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
     name = cfg.pretrained_model_name_or_path
+    refuse_code(Path(name).expanduser())
     try:
         with quiet_transformers():
             model, info = AutoModelForCausalLM.from_pretrained(
@@ -241,7 +244,12 @@ def reason(problem: BaseException) -> str:
     if "trust_remote_code" in str(problem):
         return "it comes with Python code of its own. If you have read it and trust it: model.trust_remote_code: true"
     if isinstance(problem, pickle.UnpicklingError):
-        return "its .bin holds more than tensors (reading it would run code) or is damaged. Convert it to safetensors."
+        named = re.search(r"GLOBAL ([\w.]+)", str(problem))
+        what = f" (it names `{named[1]}`)" if named else ""
+        return (
+            f"its .bin holds more than tensors{what}, and reading it would run code, or it is damaged. "
+            "Convert it to safetensors."
+        )
     if isinstance(problem, SafetensorError):
         return f"a .safetensors file is damaged ({problem}). Fetch it again."
     lines = [line.strip() for line in str(problem).splitlines() if line.strip()]

@@ -1,8 +1,10 @@
 """Low-rank adapters through PEFT."""
 
 import warnings
+from pathlib import Path
 from typing import Any
 
+from llmtrain.checkpoint.unpickle import refuse_code
 from llmtrain.errors import UserError
 from llmtrain.hf_model.config import HFConfig, LoRAConfig
 from llmtrain.hf_model.load import UNREADABLE, reason, refuse_missing_folder
@@ -60,6 +62,7 @@ def _load_adapter(wrapped: Any, name: str) -> None:
 
     key = "pretrained_lora_id_or_path"
     refuse_missing_folder(name, key)
+    refuse_code(Path(name).expanduser())
     try:
         saved = peft.LoraConfig.from_pretrained(name)
         weights = load_peft_weights(name, device="cpu")

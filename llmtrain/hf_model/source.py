@@ -7,6 +7,7 @@ from typing import Any
 from llmtrain.checkpoint import source
 from llmtrain.checkpoint.hugging_face import read_json
 from llmtrain.checkpoint.resolve import locate
+from llmtrain.checkpoint.unpickle import refuse_code
 from llmtrain.errors import UserError
 from llmtrain.hf_model.build import parts
 from llmtrain.hf_model.checkpoint import hf_config_of, is_hf_run, open_checkpoint
@@ -77,6 +78,7 @@ def _adapter_folder(path: Path) -> HFSource:
     if not any((path / name).is_file() for name in files):  # PEFT would look for them on the hub
         raise UserError(f"{path}: has no {files[0]} (nor {files[1]}).")
     cfg = HFConfig(name="hf_causal_lm", pretrained_model_name_or_path=base)
+    refuse_code(path)
     model, _ = parts(cfg)
     try:
         with quiet_transformers():
