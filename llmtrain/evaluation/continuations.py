@@ -178,10 +178,7 @@ def _plan(
 
 def _check(request: Request, max_length: int) -> None:
     if not request.continuation:
-        raise UserError(
-            "A continuation of the task has no token of its own: the tokenizer joins it to the end of its context. "
-            "Begin the continuation with a space (the harness's `target_delimiter`)"
-        )
+        raise UserError("A continuation of the task has no token of its own: the tokenizer joins it to its context")
     if len(request.continuation) > max_length:
         raise UserError(
             f"max_length {max_length}: a continuation of the task has {len(request.continuation):,} tokens, more than "

@@ -77,6 +77,8 @@ def run_harness(
         set_seeds()
         with contextlib.nullcontext() if ranks.is_first and console.is_terminal else _unsaid():  # downloads have bars
             loaded = [(task, name_of(spec), known.load(task, spec)) for task, spec in known.specs]
+        for note in known.notes if ranks.is_first else ():
+            console.print(f"note: {note}", highlight=False, soft_wrap=True)
         rows: list[TaskResult] = []
         runs: list[dict[str, Any]] = []
         for task, name, task_dict in loaded:

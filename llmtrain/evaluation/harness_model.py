@@ -135,6 +135,12 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str] | None, list[int], list[int]]], disable_tqdm: bool = True, **_: Any
     ) -> list[tuple[float, bool]]:
+        for texts, _context, continuation in requests:
+            if not continuation and texts is not None:
+                raise UserError(
+                    f"{self.what}: the continuation {texts[1]!r} has no token of its own behind {texts[0][-40:]!r}: "
+                    "the tokenizer joins them. Let continuations begin with a word, not inside of one"
+                )
         with self._progress("scoring") as advance:
             found = scores(
                 self.model,
@@ -145,7 +151,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
                 sharded=self._sharded,
                 advance=advance,
             )
-        return [tuple(score) for score in found]
+        return [(score.loglikelihood, score.greedy) for score in found]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
         """For each (text,): the logarithm of its probability, in windows of `max_length` tokens where it is longer."""

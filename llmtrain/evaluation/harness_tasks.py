@@ -18,6 +18,10 @@ Spec = str | dict[str, Any]
 class Tasks:
     """Finds and loads tasks; they are loaded before the first is computed.
 
+    Attributes:
+        specs: each task of the config, with what the harness loads for it: several where a folder was named.
+        notes: what was asked for and has no effect.
+
     Args:
         config: which tasks, and folders with more.
 
@@ -27,6 +31,7 @@ class Tasks:
 
     def __init__(self, config: HarnessConfig) -> None:
         self._config = config
+        self.notes: list[str] = []
         for folder in config.include_path:
             if not Path(folder).is_dir():
                 raise UserError(f"include_path {folder}: no such folder")
@@ -59,7 +64,11 @@ class Tasks:
                     "can do no harm (a container without network and secrets)"
                 )
             own = leaf.get_config("num_fewshot")
-            if wanted is not None and own != 0:
+            if wanted and own == 0:  # the harness's own rule
+                self.notes.append(
+                    f"{leaf.config.task}: says num_fewshot: 0 itself and keeps it; {wanted} has no effect"
+                )
+            elif wanted is not None and own != 0:
                 leaf.set_config(key="num_fewshot", value=wanted)
             elif own is None:
                 leaf.set_config(key="num_fewshot", value=0)

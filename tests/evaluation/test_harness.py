@@ -150,6 +150,14 @@ def test_examples_limits_and_expectations_of_each_task(opened: tuple[Any, Any], 
         ("tiny_endings/3-shot", 5, 0.9),
     ]
     assert "of 5 samples; 0.9 is of all" in said
+    zero = {**yaml.safe_load(Path(file).read_text()), "num_fewshot": 0}
+    (place / "tasks-zero").mkdir()
+    for split in ("train", "test"):
+        (place / "tasks-zero" / f"{split}.jsonl").write_text((place / "tasks" / f"{split}.jsonl").read_text())
+    (place / "tasks-zero" / "zero.yaml").write_text(yaml.safe_dump(zero))
+    found, said = run(opened, tasks=str(place / "tasks-zero"), num_fewshot=2, limit=2)
+    assert "note: tiny_endings: says num_fewshot: 0 itself and keeps it; 2 has no effect" in said
+    assert found.rows[0].label == "tiny_endings/0-shot"
 
 
 def test_a_chat_template_makes_turns_of_questions(
