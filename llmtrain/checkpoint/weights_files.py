@@ -26,9 +26,10 @@ def open_tensors(folder: Path) -> Weights:
     """
     files, index = _weight_files(folder)
     weights = Joined([_open_file(file) for file in files], str(folder))
-    if index is not None and (differing := sorted(index ^ set(weights))):
-        what = "its files do not hold" if differing[0] in index else "its index does not name"
-        raise UserError(f"{folder}: {what} `{differing[0]}` ({len(differing)} such names in all); files are missing.")
+    if index is not None and (missing := sorted(index - set(weights))):
+        raise UserError(f"{folder}: its files do not hold `{missing[0]}` and {len(missing) - 1} others of its index.")
+    if index is not None and (unknown := sorted(set(weights) - index)):
+        raise UserError(f"{folder}: its index does not name `{unknown[0]}` and {len(unknown) - 1} others of its files.")
     return weights
 
 
