@@ -13,7 +13,11 @@ from rich.table import Table
 
 from llmtrain.evaluation.losses import Measured
 from llmtrain.evaluation.results import TaskResult, TaskResults
-from llmtrain.evaluation.results_picture import draw_results
+from llmtrain.evaluation.results_picture import draw_results, short
+
+
+_WIDTH = 160
+"""Characters of a line of a table that is not printed on a terminal."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ def write_results(stem: Path, content: dict[str, Any], found: Sequence[Evaluated
     names = [stem.with_name(stem.name + suffix) for suffix in (".json", ".txt", ".csv", ".png")]
     _replace(names[0], json.dumps(content, indent=2) + "\n")
     text = io.StringIO()
-    print_results(Console(file=text, width=160), found)
+    print_results(Console(file=text), found)
     _replace(names[1], "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n")
     if any(one.losses for one in found):
         _replace(names[2], _csv(found))
@@ -70,6 +74,8 @@ def _csv(found: Sequence[Evaluated]) -> str:
 
 def print_results(console: Console, found: Sequence[Evaluated]) -> None:
     """Tables: losses, those of each source, tasks, averages."""
+    if not console.is_terminal:  # a log has no width of its own
+        console = Console(file=console.file, width=max(console.width, _WIDTH))
     for table in _tables(found):
         console.print(table)
 
@@ -90,10 +96,10 @@ def _table(*columns: str) -> Table:
     """Text on the left; all columns behind the first are numbers."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for number, column in enumerate(columns):
-        if number:
-            table.add_column(column, justify="right", no_wrap=True)
+        if column in ("model", "data", "source", "task", "metric", "average") or not number:
+            table.add_column(column, overflow="fold", min_width=12)
         else:
-            table.add_column(column, overflow="fold", min_width=len(column))
+            table.add_column(column, justify="right", no_wrap=True)
     return table
 
 
@@ -144,7 +150,6 @@ def _tasks_table(found: Sequence[Evaluated]) -> Table:
     heads = ["value"] if len(found) == 1 else [one.name for one in found]
     heads = [head for name in heads for head in ((name, "expected") if expected else (name,))]
     table = _table("task", "shots", "metric", *heads, *(["by chance"] if guessed else []), "samples")
-    table.columns[2].justify = "left"
     for key in keys:
         each = [of_one.get(key) for of_one in rows]
         known = next(row for row in each if row is not None)
@@ -156,7 +161,7 @@ def _tasks_table(found: Sequence[Evaluated]) -> Table:
         if guessed:
             cells.append("" if known.random_baseline is None else f"{known.random_baseline:.4f}")
         shots = "" if known.num_fewshot is None else str(known.num_fewshot)
-        table.add_row(known.task, shots, known.metric, *cells, "" if known.n is None else f"{known.n:,}")
+        table.add_row(known.task, shots, short(known.metric), *cells, "" if known.n is None else f"{known.n:,}")
     return table
 
 

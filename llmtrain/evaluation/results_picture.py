@@ -51,6 +51,11 @@ def draw_results(found: "Sequence[Evaluated]", picture: Path) -> None:
     temporary.replace(picture)
 
 
+def short(metric: str) -> str:
+    """A metric's name without what all of llm-foundry's begin with."""
+    return metric.removeprefix("InContextLearning")
+
+
 def _curves(found: "Sequence[Evaluated]") -> dict[str, list[Bin]]:
     several, labels = len(found) > 1, {at.label for one in found for at in one.losses}
     curves = {}
@@ -110,7 +115,7 @@ def _bars(
                 axes.plot([row.random_baseline] * 2, ends, color="C3", linewidth=1.5, linestyle=":")
                 marks["by chance"] = Line2D([], [], color="C3", linewidth=1.5, linestyle=":")
             axes.text(right + 0.01, y, f"{row.value:.3f}", va="center", fontsize=8)
-    axes.set_yticks(range(len(keys)), [f"{task}\n{metric}" for task, metric in keys], fontsize=8)
+    axes.set_yticks(range(len(keys)), [f"{task}\n{short(metric)}" for task, metric in keys], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.08)
     axes.grid(axis="x", alpha=0.3)
