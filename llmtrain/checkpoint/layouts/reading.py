@@ -1,4 +1,4 @@
-"""The way back: folders that are written as Llama, Mistral or with our modelling file, as configs and weights of MPT."""
+"""The way back: folders written as Llama, Mistral or with our modelling file, as configs and weights of MPT."""
 
 from typing import TYPE_CHECKING, Any
 
