@@ -15,9 +15,8 @@ from llmtrain.evaluation.losses import Measured
 from llmtrain.evaluation.results import TaskResult, TaskResults
 from llmtrain.evaluation.results_picture import draw_results, short
 
-
 _WIDTH = 160
-"""Characters of a line of a table that is not printed on a terminal."""
+"""Characters of a line of a table where a console does not say, or has too few."""
 
 
 @dataclass(frozen=True)
@@ -74,10 +73,11 @@ def _csv(found: Sequence[Evaluated]) -> str:
 
 def print_results(console: Console, found: Sequence[Evaluated]) -> None:
     """Tables: losses, those of each source, tasks, averages."""
-    if not console.is_terminal:  # a log has no width of its own
-        console = Console(file=console.file, width=max(console.width, _WIDTH))
+    wide = Console(file=console.file, width=_WIDTH, force_terminal=console.is_terminal)
     for table in _tables(found):
-        console.print(table)
+        # A log has no width of its own; and on a narrow terminal long lines are better than columns without figures.
+        fits = console.is_terminal and wide.measure(table).maximum <= console.width
+        (console if fits else wide).print(table)
 
 
 def _tables(found: Sequence[Evaluated]) -> Iterator[RenderableType]:

@@ -84,7 +84,7 @@ def _losses(axes: Any, curves: Mapping[str, Sequence[Bin]]) -> None:
     axes.set_xlabel("position (tokens before the target)")
     axes.set_ylabel("cross-entropy (nats per token)")
     axes.grid(alpha=0.3)
-    axes.legend(title="loss over all targets")
+    axes.legend(title="loss over all targets", fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12))
 
 
 def _bars(
