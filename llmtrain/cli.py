@@ -32,6 +32,9 @@ app.add_typer(data, name="data")
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of recipe keys.")]
 
 
+Private = Annotated[bool, typer.Option("--private/--public", help="A repository that is new on the hub.")]
+
+
 class MakesByDefault(TyperGroup):
     """`llmtrain prep X` is `llmtrain prep make X`, options of it included, unless X is one of the other verbs."""
 
@@ -85,11 +88,17 @@ def merge_shards(recipe: Path, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def check(recipe: Path, overrides: Overrides = None) -> None:
+def check(
+    recipe: Path,
+    overrides: Overrides = None,
+    last_mile: Annotated[
+        bool, typer.Option("--last-mile", help="Save, export and open tiny weights of its shape; try where it writes.")
+    ] = False,
+) -> None:
     """Validate a training recipe without starting anything, and print it resolved."""
     from llmtrain.recipe.check import check as run
 
-    print(run(recipe, overrides or []))
+    print(run(recipe, overrides or [], last_mile=last_mile))
 
 
 @app.command()
@@ -178,6 +187,10 @@ def export(
     license: Annotated[
         str | None, typer.Option(help="For the model card; the recipe's metadata.license when left out.")
     ] = None,
+    push: Annotated[
+        str | None, typer.Option(help="Copy it there, too: a folder, s3://..., gs://..., hf://USER/REPOSITORY.")
+    ] = None,
+    private: Private = True,
 ) -> None:
     """Write a checkpoint as a Hugging Face folder for plain transformers, and prove that it is the same model."""
     from llmtrain.checkpoint.export import export as run
@@ -195,6 +208,23 @@ def export(
         license=license,
     )
     print(report)
+    if push is not None:
+        from llmtrain.checkpoint.push import push_command
+
+        push_command(target, push, overwrite=overwrite, private=private)
+
+
+@app.command("push")
+def push_export(
+    folder: Annotated[Path, typer.Argument(help="What llmtrain export wrote.")],
+    destination: Annotated[str, typer.Argument(help="A folder, s3://..., gs://..., azure://..., hf://USER/REPO.")],
+    overwrite: Annotated[bool, typer.Option(help="Replace an export that stands there.")] = False,
+    private: Private = True,
+) -> None:
+    """Copy an export to a folder, object storage or a hub's repository; what arrived is compared with what was sent."""
+    from llmtrain.checkpoint.push import push_command
+
+    push_command(folder, destination, overwrite=overwrite, private=private)
 
 
 @app.command("import")

@@ -97,7 +97,7 @@ def _export(request: Request) -> tuple[int, bool]:
     for place in request.push:
         from llmtrain.checkpoint.push import push
 
-        push(target, place)
+        push(target, place, overwrite=request.overwrite)
     if not request.keep:
         shutil.rmtree(target)
     return report.size, report.done_before

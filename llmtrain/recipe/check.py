@@ -16,14 +16,24 @@ from llmtrain.recipe.load import load_recipe
 from llmtrain.recipe.recipe import Recipe
 
 
-def check(path: str | Path, overrides: Sequence[str] = ()) -> str:
+def check(path: str | Path, overrides: Sequence[str] = (), *, last_mile: bool = False) -> str:
     """The resolved recipe as YAML, below a summary in comments; the text is itself a valid recipe.
+
+    Args:
+        path: The recipe.
+        overrides: `key=value`.
+        last_mile: Try the end of the run, too: save, export and open tiny weights of its shape. Imports torch.
 
     Raises:
         ConfigError: With every mistake that was found.
+        UserError: The last mile fails.
     """
     recipe = load_recipe(path, overrides)
     lines = [f"# {line}" for line in (f"{path}: valid.", *summary(recipe))]
+    if last_mile:
+        from llmtrain.training.last_mile import last_mile as tried
+
+        lines += [f"# {part}" for line in tried(recipe) for part in line.splitlines()]
     return "\n".join(lines) + "\n" + resolved_yaml(recipe)
 
 

@@ -1,15 +1,15 @@
 """Where the exports of a run go: `save_folder/huggingface/NAME`, on this machine or elsewhere."""
 
-import shutil
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-
-from composer.core import Timestamp
-from composer.utils import format_name_with_dist_and_time
+from typing import TYPE_CHECKING
 
 from llmtrain.errors import UserError
 from llmtrain.training.background_export import remove_half_written
+
+if TYPE_CHECKING:
+    from composer.core import Timestamp
 
 FOLDER = "huggingface"
 """Of a save_folder; llm-foundry's name."""
@@ -48,8 +48,10 @@ class ExportPlace:
         elsewhere = url if url.startswith("hf://") else f"{url}/{FOLDER}"
         return cls(run / FOLDER, pattern, (elsewhere, *more), False)
 
-    def name(self, run_name: str, timestamp: Timestamp) -> str:
+    def name(self, run_name: str, timestamp: "Timestamp") -> str:
         """Of the export at this moment of the training."""
+        from composer.utils import format_name_with_dist_and_time
+
         name: str = format_name_with_dist_and_time(self.pattern, run_name, timestamp)
         return name
 
@@ -84,14 +86,3 @@ class ExportPlace:
                 f"{KEY}: {self.folder} holds exports of an earlier run ({', '.join(earlier[:4])}). Set overwrite: true "
                 "to replace them, or another save_folder or run_name."
             )
-
-    def free_space_warning(self, size: int) -> str | None:
-        """One line when the disk is too small for the next export, else None.
-
-        Args:
-            size: bytes of an export.
-        """
-        free = shutil.disk_usage(self.folder).free
-        if free >= size:
-            return None
-        return f"{KEY}: {self.folder} has {free / 1e9:.1f} GB free, and one export has {size / 1e9:.1f} GB."

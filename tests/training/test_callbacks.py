@@ -57,6 +57,7 @@ def test_all_of_them_build_and_round_trip() -> None:
         "speed_monitor": {"window_size": 3},
         "scheduled_gc": {"batch_interval": 7},
         "generate_callback": {"prompts": ["x", [{"role": "user", "content": "y"}], {"text": "z"}]},
+        "hf_checkpointer": {"save_folder": "runs/{run_name}", "save_interval": "10ba"},
     }
     config = CallbacksConfig.model_validate(given)
     built = build_callbacks(config)
@@ -65,6 +66,7 @@ def test_all_of_them_build_and_round_trip() -> None:
     assert CallbacksConfig.model_validate(config.model_dump(mode="json")) == config
     stopper = next(callback for callback in built if isinstance(callback, composer.callbacks.EarlyStopper))
     assert stopper.patience == Time.from_timestring("20ba")
+    assert stopper.comp_func is torch.less  # to Composer, a cross-entropy is no loss
 
 
 def test_only_what_is_on_is_dumped() -> None:
