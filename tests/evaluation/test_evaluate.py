@@ -55,6 +55,28 @@ def test_losses_are_those_of_the_logits_at_any_batch_size():
         torch.testing.assert_close(found.sums, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("positions", ["alibi", "learned", "rope"])
+def test_padding_and_neighbours_do_not_change_the_loss_of_a_token(positions: str) -> None:
+    """On the right, on the left, and in a larger batch; the losses are those of the text alone."""
+    attention = {"alibi": positions == "alibi", "rope": positions == "rope", "rope_impl": "hf"}
+    made = model(attn_config=attention, learned_pos_emb=positions == "learned").eval()
+    ids = torch.from_numpy(text(40))[None]
+    other = torch.from_numpy(text(60, seed=1))[None]
+
+    def losses(input_ids: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        with torch.no_grad():
+            return made(input_ids, labels=labels, attention_mask=mask, token_losses=True).token_losses
+
+    alone = losses(ids, ids)[0, :39]
+    right, left = F.pad(ids, (0, 20), value=7), F.pad(ids, (20, 0), value=7)
+    on_the_right = losses(right, F.pad(ids, (0, 20), value=-100))[0, :39]
+    mask = (torch.arange(60) >= 20).long()[None]
+    on_the_left = losses(left, F.pad(ids, (20, 0), value=-100).masked_fill(mask == 0, -100), mask)[0, 20:59]
+    batch = losses(torch.cat([other, right, other]), torch.cat([other, F.pad(ids, (0, 20), value=-100), other]))[1, :39]
+    for found in (on_the_right, on_the_left, batch):
+        torch.testing.assert_close(found, alone, atol=2e-6, rtol=1e-6)
+
+
 def test_the_first_tokens_only():
     found = evaluate(model().eval(), ArrayTokens(text(50), text(23, seed=1)), 16, max_tokens=40)
     assert found.targets == 39
