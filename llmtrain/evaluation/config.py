@@ -165,6 +165,12 @@ class EvalRecipe(Config):
                 raise mistake("With several loaders each needs a `label`.", f"eval_loader.{index}.label")
             if label in labels[:index]:
                 raise mistake("Two loaders have this label.", f"eval_loader.{index}.label")
+        for index, loader in enumerate(self.eval_loader):
+            if getattr(loader, "subset_num_batches", None) is not None:
+                raise mistake(
+                    "It is a key of training recipes. Here all loaders share `eval_subset_num_batches`.",
+                    f"eval_loader.{index}.subset_num_batches",
+                )
         names = [model.model_name for model in self.models]
         for index, name in enumerate(names):
             if name is not None and name in names[:index]:

@@ -36,6 +36,8 @@ class TextEvalLoader(TextLoaderConfig):
     """Name of the evaluator; needed when there are several."""
     drop_last: bool = False
     """Drop the last batch when it is not full. Evaluation sees every row."""
+    subset_num_batches: int | None = Field(default=None, ge=-1)
+    """Batches of this loader on each rank, -1 for all; eval_subset_num_batches when left out. (llmtrain's own.)"""
 
 
 class FinetuningEvalLoader(FinetuningLoaderConfig):
@@ -45,6 +47,8 @@ class FinetuningEvalLoader(FinetuningLoaderConfig):
     """Name of the evaluator; needed when there are several."""
     drop_last: bool = False
     """Drop the last batch when it is not full. Evaluation sees every example."""
+    subset_num_batches: int | None = Field(default=None, ge=-1)
+    """Batches of this loader on each rank, -1 for all; eval_subset_num_batches when left out. (llmtrain's own.)"""
 
 
 EvalLoader = Annotated[TextEvalLoader | FinetuningEvalLoader, Field(discriminator="name")]

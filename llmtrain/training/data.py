@@ -84,7 +84,14 @@ class Loaders:
         for label, cfg in self.recipe.evaluators().items():
             loader = self._build(cfg, device_batch_size=self.batch.device_eval_batch_size, evaluation=True)
             spec = DataSpec(loader, get_num_tokens_in_batch=tokens_in_batch)
-            evaluators.append(Evaluator(label=label, dataloader=spec, metric_names=list(LOSS_METRICS)))
+            evaluators.append(
+                Evaluator(
+                    label=label,
+                    dataloader=spec,
+                    metric_names=list(LOSS_METRICS),
+                    subset_num_batches=cfg.subset_num_batches,
+                )
+            )
         return evaluators
 
     def show(self, train: DataSpec, run: Path) -> None:

@@ -16,7 +16,7 @@ from llmtrain.testing.corpus import TinyCorpus
 from llmtrain.testing.launch import Finished, launch, read_metric
 from llmtrain.testing.recipe import tiny_recipe
 
-LOSS, EVAL = "loss/train/total", "metrics/eval/LanguageCrossEntropy"
+LOSS, EVAL = "loss/train/total", "metrics/eval/whole/LanguageCrossEntropy"
 PRONOUNS = "metrics/pronouns/0-shot/InContextLearningMultipleChoiceAccuracy"
 GAUNTLET = "icl/metrics/eval_gauntlet/common_sense"
 SHAPE = {"max_duration": "6ba", "eval_interval": "2ba", "save_interval": "6ba", "fsdp_config": None}
@@ -57,15 +57,20 @@ def plain(corpus: TinyCorpus, tmp_path_factory: pytest.TempPathFactory) -> Finis
 def evaluated(corpus: TinyCorpus, repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """The same with evaluations, all that an evaluation can have, and the best checkpoint."""
     folder = tmp_path_factory.mktemp("evaluated")
+    loader = {"name": "text", "dataset": {"local": str(corpus.val), "num_canonical_nodes": 2}, "num_workers": 0}
     recipe = tiny_recipe(
         folder / "x.yaml",
         corpus,
         **SHAPE,
+        eval_loader=[{**loader, "label": "whole"}, {**loader, "label": "part", "subset_num_batches": 1}],
         icl_tasks=tasks(repository),
         icl_seq_len=96,
         eval_gauntlet=gauntlet(repository),
         eval_first=True,
-        best_checkpoint={"comp": "greater"},  # the first evaluation: not what retention keeps anyway
+        best_checkpoint={
+            "dataloader_label": "eval/whole",
+            "comp": "greater",
+        },  # the first evaluation: not what retention keeps anyway
         save_num_checkpoints_to_keep=1,
         callbacks={
             "eval_output_logging": {"n_rows": 2},
@@ -102,7 +107,8 @@ def test_every_evaluation_has_all_tasks(evaluated: Finished) -> None:
     assert f"pronouns/0-shot  step 4  accuracy {accuracies[4]:.4g}" in evaluated.output
     assert "6 of llm-foundry's kind, 46 questions at each evaluation" in evaluated.output
     positions = json.loads((evaluated.folder / "loss_by_position.json").read_text())
-    assert {row["evaluator"] for row in positions} == {"eval"}
+    # 64 tokens a row, 4 rows a batch: two batches of one (eval_subset_num_batches), one of the other
+    assert {row["evaluator"]: row["targets"] for row in positions} == {"eval/whole": 8 * 63, "eval/part": 4 * 63}
 
 
 def test_outputs_are_shown(evaluated: Finished) -> None:
@@ -146,7 +152,18 @@ def test_the_best_checkpoint_is_kept(evaluated: Finished) -> None:
     assert {path.name for path in folder.iterdir()} == {"latest", "best", "best.json", "ep0-ba6", best.checkpoint}
 
 
+def test_damage_in_the_best_checkpoint_is_named(evaluated: Finished) -> None:
+    best = locate(evaluated.folder / "checkpoints" / "best")
+    file = best / "full.pt"
+    data = file.read_bytes()
+    file.write_bytes(data[:-9] + bytes(9))
+    with pytest.raises(UserError, match=r"full\.pt: hash differs"):
+        read_weights(locate(evaluated.folder / "checkpoints" / "best"))
+    file.write_bytes(data)
+
+
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.gloo_training
 def test_two_sharded_ranks_without_a_loader(corpus: TinyCorpus, repository: Path, tmp_path: Path) -> None:
     """The best is of a task; a resumed run knows it, and retention leaves it alone."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from llmtrain.errors import UserError
 from llmtrain.evaluation.icl import metrics
 from llmtrain.evaluation.icl.answers import is_right
 from llmtrain.evaluation.icl.config import LM_ECE, MC_ECE, ICLConfig, ICLTaskConfig
@@ -210,6 +211,8 @@ def build_tasks(
     Raises:
         UserError: a file is missing, or one of its rows is no question of its type.
     """
+    if cfg.icl_subset_num_batches == 0:
+        raise UserError("icl_subset_num_batches: 0 leaves no question. Give a number, or -1 for all.")
     encoder = Encoder(tokenizer)
     tasks = [task for one in cfg.icl_tasks for task in _of(one, cfg, encoder, ranks)]
     for task in tasks:

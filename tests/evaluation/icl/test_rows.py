@@ -140,6 +140,15 @@ def test_old_names_and_files_of_tasks(tmp_path: Path) -> None:
         ICLConfig(icl_tasks=[task("x").model_dump(), task("y").model_dump()])
 
 
+def test_the_gauntlet_of_llm_foundry(repository: Path) -> None:
+    folder = repository / "yamls/eval/icl"
+    cfg = ICLConfig(icl_tasks=f"{folder}/foundry-tasks.yaml", eval_gauntlet=f"{folder}/foundry-gauntlet.yaml")
+    assert cfg.eval_gauntlet is not None
+    benchmarks = {(b.name, b.num_fewshot) for category in cfg.eval_gauntlet.categories for b in category.benchmarks}
+    assert benchmarks == {(task.label, shots) for task in cfg.icl_tasks for shots in task.num_fewshot}
+    assert len(benchmarks) == 33
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [

@@ -148,6 +148,8 @@ def test_a_part_of_the_questions(model: MPT, words: PreTrainedTokenizerFast, shi
     part = tasks["python_completions/3-shot"]
     whole.prepare([5])
     part.prepare([5])
+    with pytest.raises(UserError, match="0 leaves no question"):
+        build_tasks(cfg.model_copy(update={"icl_subset_num_batches": 0}), words, ALONE)
     assert whole._encoded[5].contexts[0].tolist() == part._encoded[5].contexts[0].tolist()  # the same examples
     assert len(run(model, words, cfg).rows) == 12
 
@@ -172,7 +174,9 @@ def _on_ranks(cfg: ICLConfig, state: dict[str, torch.Tensor], config: object, to
 
 def test_two_ranks_whole_and_sharded(model: MPT, words: PreTrainedTokenizerFast, shipped: ICLConfig, corpus) -> None:
     # Three sequences a batch, so that one rank has fewer batches than the other.
-    cfg = shipped.model_copy(update={"device_eval_batch_size": 3})
+    some = tuple(task for task in shipped.icl_tasks if task.label != "general_knowledge")
+    update = {"device_eval_batch_size": 3, "icl_tasks": some, "eval_gauntlet": None}
+    cfg = shipped.model_copy(update=update)
     expected = run(model, words, cfg)
     found = run_ranks(_on_ranks, 2, cfg, model.state_dict(), model.config, str(corpus.tokenizer))
     assert found == [[expected, expected]] * 2
