@@ -239,6 +239,34 @@ def test_auto_on_a_cpu(options: dict[str, bool], kernel: str) -> None:
     assert len(choice.reason.splitlines()) == 1
 
 
+def test_auto_for_one_query_on_a_cpu() -> None:
+    one = Visibility(1, 40, torch.device("cpu"), torch.float32, slopes=(0.5, 0.25))
+    assert select("auto", one).kernel.name == "sdpa"
+    assert select("auto", one, softcap=True).kernel.name == "blockwise"
+
+
+@pytest.mark.parametrize("kv_heads", [8, 4, 1])
+@pytest.mark.parametrize("biased", ["", "alibi", "padding", "alibi padding window"])
+def test_one_query_over_shared_keys(kv_heads: int, biased: str) -> None:
+    """sdpa, which reads keys without copying them for each query's head."""
+    padding = torch.ones(3, 50, dtype=torch.bool)
+    padding[1, :20] = False
+    seen = Visibility(
+        1,
+        50,
+        torch.device("cpu"),
+        torch.float64,
+        slopes=tuple(alibi.slopes(8, 8)) if "alibi" in biased else None,
+        padding=padding if "padding" in biased else None,
+        window=30 if "window" in biased else None,
+    )
+    generator = torch.Generator().manual_seed(2)
+    q = torch.randn(3, 8, 1, 16, generator=generator, dtype=torch.float64)
+    k, v = torch.randn(2, 3, kv_heads, 50, 16, generator=generator, dtype=torch.float64)
+    found, expected = (Attention(kernel, kernel.prepare(seen))(q, k, v, softmax_scale=0.25) for kernel in (SDPA, EAGER))
+    assert (found - expected).abs().max() < 1e-12
+
+
 def test_what_a_kernel_cannot_do_is_said() -> None:
     with pytest.raises(UserError, match="soft-capping"):
         select("sdpa", PLAIN, softcap=True)

@@ -71,6 +71,13 @@ def _attend(
 ) -> Tensor:
     if softcap is not None:  # the model refuses it earlier, in `select`
         raise UserError("attn_logit_softcapping: torch's fused attention has none; set attn_impl to auto")
+    if (
+        q.shape[2] == 1
+        and k.shape[1] < q.shape[1]
+        and not dropout_p
+        and not isinstance(bias, (Segments, AlibiRow, str))
+    ):
+        return _one_query(q, k, v, bias, softmax_scale)
     k, v = repeat_kv(k, q.shape[1]), repeat_kv(v, q.shape[1])
     # Autocast would round the float32 bias to bfloat16 on its way in; q, k and v have autocast's dtype already.
     with torch.autocast(q.device.type, enabled=False):
@@ -87,6 +94,20 @@ def _attend(
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=causal, scale=softmax_scale
         )
+
+
+def _one_query(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, softmax_scale: float) -> Tensor:
+    """One query of each head, over fewer heads of keys: those that share one stand in the place of its queries.
+
+    So generation does not copy all keys and values in each step and layer.
+    """
+    batch, heads, _, width = q.shape
+    if bias is not None and bias.shape[1] == heads:
+        bias = bias.reshape(len(bias), k.shape[1], -1, bias.shape[-1])
+    with torch.autocast(q.device.type, enabled=False):
+        together = q.reshape(batch, k.shape[1], -1, width)
+        out = F.scaled_dot_product_attention(together, k, v, attn_mask=bias, scale=softmax_scale)
+    return out.reshape(batch, heads, 1, width)
 
 
 SDPA = Kernel("sdpa", _prepare, _attend)

@@ -117,7 +117,8 @@ def _automatic(seen: Visibility, dropout: bool, softcap: bool) -> tuple[Kernel, 
     """The fastest exact kernel, and why.
 
     On a CPU that is blockwise for every length: up to one block of queries it is one call of the same fused kernel that
-    sdpa would call, without a bias of (heads, T, T); beyond that it skips what cannot be seen.
+    sdpa would call, without a bias of (heads, T, T); beyond that it skips what cannot be seen. A single query, as in
+    generation, needs no blocks: sdpa with one row of bias, which blockwise would make anew in each layer, in pieces.
 
     On a GPU, where scores need more than causality, it is flex, also if flash-attn is installed: flex finds ALiBi
     windows without waiting for the device (flash-attn has to, in each layer), drops single blocks instead of heads,
@@ -130,6 +131,8 @@ def _automatic(seen: Visibility, dropout: bool, softcap: bool) -> tuple[Kernel, 
         return _flash(seen), "the kernel with dropout that needs no T x T bias"
     if dropout:
         return (EAGER, "soft-capping with dropout") if softcap else (SDPA, "the fastest kernel with dropout")
+    if device == "cpu" and seen.n_queries == 1 and not softcap:
+        return SDPA, "one query: its row of the bias is made once for all layers"
     if device == "cpu":
         return BLOCKWISE, "exact, with memory of O(T), and the fastest kernel for cpu"
     # A chunk of a prompt behind a cache is neither the whole triangle nor one row: it would take a dense bias.
