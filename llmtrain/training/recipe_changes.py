@@ -78,10 +78,12 @@ def check_model(saved: dict[str, Any], now: dict[str, Any], checkpoint: Path, *,
 def _with_defaults(saved: dict[str, Any], now: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """MPTs' blocks with all keys, also those that did not exist yet when they were saved; others as they are."""
     try:
-        known = [MPTConfig.model_validate(model).model_dump(mode="json") for model in (saved, now)]
+        known = [MPTConfig.model_validate(model) for model in (saved, now)]
     except ValidationError:
         return saved, now
-    return known[0], known[1]
+    # With ALiBi the key means nothing: recipes leave it at true, the config.json of an imported MPT says false.
+    old, new = (model.model_dump(mode="json") | {"learned_pos_emb": model.uses_learned_positions} for model in known)
+    return old, new
 
 
 def vocabulary_grows(saved: dict[str, Any], now: dict[str, Any]) -> bool:

@@ -56,6 +56,14 @@ def test_keys_that_did_not_exist_yet_had_their_defaults() -> None:
         check_run({"model": saved}, {"model": now}, HERE)
 
 
+def test_a_key_that_alibi_makes_meaningless_may_differ() -> None:
+    """An imported MPT's config.json says false, recipes leave it at true."""
+    alibi = {"d_model": 64, "attn_config": {"alibi": True}}
+    assert check_run({"model": {**alibi, "learned_pos_emb": False}}, {"model": alibi}, HERE) == []
+    with pytest.raises(UserError, match=r"model.learned_pos_emb False -> True"):
+        check_run({"model": {"d_model": 64, "learned_pos_emb": False}}, {"model": {"d_model": 64}}, HERE)
+
+
 def test_another_optimizer_is_refused_and_another_rate_is_said() -> None:
     with pytest.raises(UserError, match=r"'adamw'.*'decoupled_lionw'"):
         check_run(SAVED, changed(optimizer={**SAVED["optimizer"], "name": "decoupled_lionw"}), HERE)  # type: ignore[dict-item]
