@@ -65,9 +65,7 @@ class Tasks:
                 )
             own = leaf.get_config("num_fewshot")
             if wanted and own == 0:  # the harness's own rule
-                self.notes.append(
-                    f"{leaf.config.task}: says num_fewshot: 0 itself and keeps it; {wanted} has no effect"
-                )
+                self.notes.append(f"{leaf.config.task}: says num_fewshot: 0 itself and keeps it, not {wanted}")
             elif wanted is not None and own != 0:
                 leaf.set_config(key="num_fewshot", value=wanted)
             elif own is None:
@@ -104,9 +102,13 @@ def _load(manager: Any, spec: Spec) -> dict[str, Any]:
     if hasattr(manager, "load"):
         found: dict[str, Any] = manager.load([spec])
         return found
-    from lm_eval.tasks import get_task_dict  # before version 0.4.12
-
-    found = get_task_dict([spec], manager)
+    if isinstance(spec, str):  # before version 0.4.12
+        found = manager.load_task_or_group([spec])
+        return found
+    found = manager.load_config(dict(spec))
+    for name, leaf in found.items():
+        if isinstance(name, str):  # the name was taken out of the config
+            leaf.config.task = name
     return found
 
 
