@@ -4,12 +4,12 @@
 
 Models have random weights (normal, 0.02) and are written once, as a Hugging Face folder of transformers' own MPT, which
 both sides open. Each lives in a process of its own and they take turns, so that what else the machine does falls on
-both. A case is SHAPE:PRECISION:BATCHxPROMPT+NEW, such as 125m:bf16:8x512+128. Both sides read the same random tokens and
-generate so many new ones a row, whatever these are; the tokens must be the same. Where they part, the distance of the two
-largest logits there, in float32, says whether it was a near tie.
+both. A case is SHAPE:PRECISION:BATCHxPROMPT+NEW, such as 125m:bf16:8x512+128. Both sides read the same random tokens
+and generate so many new ones a row, whatever these are; the tokens must be the same. Where they part, the distance of
+the two largest logits there, in float32, says whether it was a near tie.
 
 The table gives seconds of CPU and tokens a second by the clock, medians of the rounds, and the median of the ratios of
-each round: below 1, llmtrain is faster. `--clock` says which of the two clocks the ratio is of; both stand in the JSON.
+each round: below 1, llmtrain is faster. `--clock` says which of the two clocks the ratio is of; both are in the JSON.
 """
 
 import argparse
@@ -71,7 +71,7 @@ class Case(NamedTuple):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", default=list(CASES))
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--clock", choices=("cpu", "wall"), default="cpu", help="of the ratio; on a GPU always wall")
     parser.add_argument("--threads", type=int, default=1, help="of each side; they take turns")
