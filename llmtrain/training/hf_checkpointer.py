@@ -16,8 +16,10 @@ from llmtrain.checkpoint.resolve import checkpoints_in
 from llmtrain.recipe.recipe import Recipe
 from llmtrain.training.agreement import from_rank_zero
 from llmtrain.training.background_export import BackgroundExport
+from llmtrain.training.environment import say
 from llmtrain.training.export_place import ExportPlace
 from llmtrain.training.gather import Gathered, gather
+from llmtrain.training.last_mile import destinations, exercise
 from llmtrain.training.preemption import Preempted
 from llmtrain.training.resume import StartingPoint
 from llmtrain.training.resume import save_folder as checkpoints_of
@@ -76,6 +78,7 @@ class HuggingFaceCheckpointer(Callback):  # type: ignore[misc]
             tokenizer_fingerprint: of its tokenizer.
             stop_asked: whether this rank has received SIGTERM.
         """
+        self._recipe = recipe
         self.place = ExportPlace.of(*self._given, recipe.run_name, run)
         self.run, self._checkpoints, self._stop_asked = run, checkpoints_of(recipe), stop_asked
         self._record = {"recipe": recipe.model_dump(mode="json"), "tokenizer_fingerprint": tokenizer_fingerprint}
@@ -88,19 +91,24 @@ class HuggingFaceCheckpointer(Callback):  # type: ignore[misc]
         self._unfinished = list(state.get("unfinished", []))
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        """Looks whether exports can be written at all, and makes up those that a stop has cut off.
+        """Tries an export of tiny weights and all destinations, and makes up the exports that a stop has cut off.
 
         Raises:
-            UserError: they cannot, or another run's stand there and may not be replaced.
+            UserError: it would fail later, or another run's stand there and may not be replaced.
         """
         step = int(state.timestamp.batch)
         from_rank_zero(lambda: self.place.prepare(fresh=step == 0, overwrite=self.overwrite))
+        for line in from_rank_zero(self._tried):
+            say(line)
         cut_off, self._unfinished = self._unfinished, []
         for export in cut_off:
             if export["step"] == step:
                 self.export(state)
             else:
                 self._make_up(**export)
+
+    def _tried(self) -> list[str]:
+        return [*exercise(self._recipe, self.run / "tokenizer"), *destinations(self._recipe)]
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         if self._running is not None and self._running.ended():

@@ -1,4 +1,4 @@
-"""The end of a run at its beginning: save, export, open and generate, with tiny random weights of the recipe's shape."""
+"""The end of a run at its beginning: save, export, open, generate, with tiny random weights of the recipe's shape."""
 
 import os
 import shutil
@@ -55,7 +55,8 @@ def exercise(recipe: Recipe, tokenizer: Path | None = None) -> list[str]:
         return ["last mile   hf_causal_lm: exports are transformers' own; only folders and destinations are tried"]
     started, notes = time.monotonic(), []
     settings = settings_of(recipe)
-    dtype, with_code = (settings.precision, settings.with_code) if settings is not None else ("float32", False)
+    # Where the recipe exports nothing itself, somebody will, and is told here what it takes.
+    dtype, with_code = (settings.precision, settings.with_code) if settings is not None else ("float32", True)
     model = small_twin(recipe.model)
     with tempfile.TemporaryDirectory(prefix="last-mile-") as name:
         run = Path(name) / "run"
@@ -78,15 +79,14 @@ def exercise(recipe: Recipe, tokenizer: Path | None = None) -> list[str]:
             try:
                 report = export(checkpoint, Path(name) / "export", dtype=dtype, with_code=with_code)
             except UserError as error:
-                raise UserError(
-                    _explained(str(error).replace(str(checkpoint), "this recipe's model"), recipe)
-                ) from None
+                raise UserError(_explained(str(error).replace(str(checkpoint), "model"))) from None
     how = report.layout or "mpt"
+    needs = " Exports need --with-code." if how == "code" and settings is None else ""
     return [
         *notes,
         f"last mile   saved, exported ({how}, {dtype}), opened by transformers, {report.tokens} greedy tokens equal "
         f"({time.monotonic() - started:.1f} s; {model.n_layers} blocks, {model.d_model} wide, random weights)",
-        *([f"            {report.reason}"] if report.reason else []),
+        *([f"            {report.reason}{needs}"] if report.reason else []),
     ]
 
 
@@ -98,13 +98,10 @@ def _save_tokenizer(recipe: Recipe, folder: Path) -> list[str]:
     return []
 
 
-def _explained(problem: str, recipe: Recipe) -> str:
+def _explained(problem: str) -> str:
     """With what to set in a recipe, which has no command line."""
-    if "--with-code" not in problem:
-        return f"The last mile fails: {problem}"
-    if settings_of(recipe) is None:
-        return f"The last mile fails: {problem}"
-    return f"The last mile fails: {problem}\nIn the recipe that is `{KEY}.with_code: true`."
+    in_the_recipe = f"\nIn the recipe that is `{KEY}.with_code: true`." if "--with-code" in problem else ""
+    return f"The run could not be exported. {problem}{in_the_recipe}"
 
 
 def small_twin(config: MPTConfig) -> MPTConfig:
