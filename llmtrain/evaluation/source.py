@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
-from llmtrain.checkpoint.fetch import fetch, local_path
+from llmtrain.checkpoint.fetch import fetch, is_uri
 from llmtrain.checkpoint.read import recipe_of
 from llmtrain.checkpoint.resolve import locate, run_folder
 from llmtrain.errors import UserError
@@ -104,11 +104,21 @@ def of_recipe(model: ModelToEvaluate, key: str) -> Place:
         assert isinstance(block, HFConfig)  # validated: something names the weights
         place = Place(None, name := block.pretrained_model_name_or_path, Path("eval") / Path(name).name)
     else:
-        path = local_path(named)
-        if path is not None and not path.exists():
-            raise UserError(f"{key}.load_path: {named}: no such file or folder (from {Path.cwd()})")
-        place = find(path if path is not None else fetch(named))
+        place = find(_fetched(named, key))
     return replace(place, name=model.model_name or place.name, model=block, tokenizer=model.tokenizer)
+
+
+def _fetched(named: str, key: str) -> Path:
+    """The local path of what a recipe names; a name on the hub or a URI is downloaded."""
+    here = Path(named).expanduser()
+    if here.exists():
+        return here
+    if not is_uri(named) and Path(named).parts[0] in (".", "..", "~", "/", "runs"):  # no owner on a hub
+        raise UserError(f"{key}.load_path: {named}: no such file or folder (from {Path.cwd()})")
+    try:
+        return fetch(named)
+    except UserError as problem:
+        raise UserError(str(problem).replace("model.pretrained:", f"{key}.load_path:", 1)) from problem
 
 
 def evaluation_data(place: Place) -> list[TextEvalLoader | FinetuningEvalLoader]:

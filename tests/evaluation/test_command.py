@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from rich.console import Console
 
 from llmtrain.errors import UserError
 from llmtrain.evaluation.command import eval_command
 from llmtrain.evaluation.evaluate import n_targets
+from llmtrain.evaluation.ranks import Ranks
+from llmtrain.evaluation.sharded import load_model
 from llmtrain.evaluation.source import find
 from llmtrain.evaluation.tokens import ShardTokens, folder_of_shards
 from llmtrain.model.mpt import MPT
@@ -20,13 +23,15 @@ from llmtrain.prep.run import run as prepare
 from llmtrain.recipe.load import load_recipe
 from llmtrain.testing.corpus import TinyCorpus
 from llmtrain.testing.recipe import tiny_recipe
+from llmtrain.tokenizer import with_chat_template
 
 
 @pytest.fixture
 def run(corpus: TinyCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run's folder with a checkpoint, as another trainer leaves it, and with the run's recipe."""
     monkeypatch.chdir(tmp_path)
-    recipe = tiny_recipe(tmp_path / "x.yaml", corpus)
+    model = {"name": "mpt_causal_lm", "d_model": 48, "n_heads": 3, "n_layers": 2, "vocab_size": 515, "no_bias": True}
+    recipe = tiny_recipe(tmp_path / "x.yaml", corpus, model={**model, "attn_config": {"alibi": True}})
     folder = tmp_path / "runs" / "x"
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "recipe.yaml").write_text(recipe.read_text())
@@ -89,6 +94,121 @@ def test_rows_of_one_document_each_are_not_joined(run: Path, corpus: TinyCorpus,
     assert [at["targets"] for at in found["lengths"]] == [n_targets(tokens.pieces)] * 2
     with pytest.raises(UserError, match=r"max_seq_len 256: .*of one document each"):
         evaluate(run, data=[shards], lengths=[256])
+
+
+def recipe_of_two(folder: Path, run: Path, corpus: TinyCorpus, **changes) -> Path:
+    """A recipe of the run and of another checkpoint of it, on shards, text and answers."""
+    answers = [{"messages": [{"role": "user", "content": "if?"}, {"role": "assistant", "content": "while " * n}]}
+               for n in (1, 5, 3)]  # fmt: skip
+    (folder / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
+    (folder / "notes.txt").write_text("The with statement is used to wrap the execution of a block. " * 9)
+    other = run.with_name("ep0-ba6.pt")
+    state = torch.load(run, weights_only=True)
+    torch.save({"state": {"model": {name: value * 1.2 for name, value in state["state"]["model"].items()}}}, other)
+    content = {
+        "models": [{"load_path": str(run)}, {"model_name": "larger", "load_path": str(other)}],
+        "max_seq_len": 64,
+        "device_eval_batch_size": 3,
+        "eval_loader": [
+            {"label": "shards", "name": "text", "dataset": {"local": str(corpus.val)}},
+            {"label": "notes", "name": "text_files", "files": str(folder / "notes.txt")},
+            {
+                "label": "chat",
+                "name": "finetuning",
+                "dataset": {"hf_name": "json", "hf_kwargs": {"data_files": str(folder / "chat.jsonl")},
+                            "split": "train", "cache_dir": str(folder / "cache")},
+            },
+        ],
+        "eval_subset_num_batches": 2,
+        **changes,
+    }  # fmt: skip
+    path = folder / "both.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def test_an_evaluation_recipe(run: Path, corpus: TinyCorpus, tmp_path: Path) -> None:
+    """Two models on shards, on text and on answers: each a line, and a subset of as many windows for both."""
+    path = recipe_of_two(tmp_path, run, corpus)
+    found, said = evaluate(path)
+    first, second = found["models"]
+    assert [one["source"] for one in (first, second)] == ["x/ep0-ba5.pt", "larger"]
+    for one in (first, second):
+        assert [(at["label"], at["kind"]) for at in one["lengths"]] == [
+            ("shards", "text"), ("notes", "text"), ("chat", "answers")
+        ]  # fmt: skip
+        assert one["lengths"][0]["targets"] == 6 * 63
+        assert "bits_per_byte" in one["lengths"][0]
+        assert "bits_per_byte" not in one["lengths"][2]
+    assert [a["loss"] != b["loss"] for a, b in zip(first["lengths"], second["lengths"], strict=True)] == [True] * 3
+    assert first["lengths"][1]["bytes"] == second["lengths"][1]["bytes"]
+    assert found["recipe"]["eval_subset_num_batches"] == 2
+    assert json.loads((tmp_path / "eval" / "both.json").read_text()) == found
+    assert "larger" in said
+    # One of them alone: beside its checkpoint, under the recipe's name too.
+    alone, _ = evaluate(path, f"models=[{{load_path: {run}}}]", "eval_loader=[{name: text_files, files: notes.txt}]")
+    assert alone["lengths"][0]["loss"] == pytest.approx(first["lengths"][1]["loss"], rel=1e-6)
+    assert (run.parent.parent / "eval" / "ep0-ba5-both.json").is_file()
+
+
+def test_the_loss_of_answers_is_that_of_their_tokens(run: Path, corpus: TinyCorpus, tmp_path: Path) -> None:
+    """Row by row, as the loader of training masks them."""
+    path = recipe_of_two(tmp_path, run, corpus)
+    found, _ = evaluate(path, f"models=[{{load_path: {run}}}]")
+    place = find(run)
+    model, tokenizer = load_model(place, Ranks())
+    tokenizer = with_chat_template(tokenizer)
+    total = n = 0
+    for line in (tmp_path / "chat.jsonl").read_text().splitlines():
+        messages = json.loads(line)["messages"]
+        ids = torch.tensor([tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)])
+        prompt = tokenizer.apply_chat_template(
+            messages[:1], tokenize=True, return_dict=False, add_generation_prompt=True
+        )
+        labels = ids.clone()
+        labels[0, : len(prompt)] = -100
+        end = int((ids[0] == tokenizer.convert_tokens_to_ids("<|im_end|>")).nonzero().max())
+        labels[0, end + 1 :] = -100
+        with torch.no_grad():
+            out = model(ids, labels=labels)
+        total, n = total + float(out.loss_sum), n + int(out.n_targets)
+    chat = found["lengths"][2]
+    assert chat["targets"] == n
+    assert chat["loss"] == pytest.approx(total / n, rel=1e-6)
+
+
+def test_tasks(run: Path, repository: Path, tmp_path: Path) -> None:
+    """llmtrain eval CHECKPOINT --tasks: no losses then, but where data is given as well."""
+    tasks = str(repository / "yamls" / "eval" / "icl" / "tasks.yaml")
+    found, said = evaluate(run, tasks=[tasks], num_fewshot=1)
+    assert found["lengths"] == []
+    assert {task["num_fewshot"] for task in found["tasks"]} == {1}
+    assert "pronouns" in said
+    assert not (run.parent.parent / "eval" / "ep0-ba5.csv").exists()
+    (tmp_path / "a.txt").write_text("import os")
+    both, _ = evaluate(run, tasks=[tasks], num_fewshot=1, data=[tmp_path / "a.txt"])
+    assert both["tasks"] == found["tasks"]
+    assert both["lengths"][0]["bytes"] == 9
+
+
+def test_mistakes_of_recipes_and_tasks(
+    run: Path, corpus: TinyCorpus, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = recipe_of_two(tmp_path, run, corpus)
+    with pytest.raises(UserError, match=r"models\.0\.load_path: runs/y: no such file or folder"):
+        evaluate(path, "models=[{load_path: runs/y}]")
+    with pytest.raises(UserError, match=r"`tokenizer` .* is not the one of these weights"):
+        evaluate(path, f"models=[{{load_path: {run}, tokenizer: {{name: {tokenizer}}}}}]")
+    with pytest.raises(UserError, match=r"the recipe describes another model: model\.attn_config\.alibi"):
+        evaluate(path, f"models=[{{load_path: {run}, model: {{attn_config: {{alibi: false}}}}}}]")
+    with pytest.raises(UserError, match=r"--num-fewshot and --limit are for tasks"):
+        evaluate(run, limit=3)
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(UserError, match=r"empty\.txt: no text in it"):
+        evaluate(run, data=[tmp_path / "empty.txt"])
+    monkeypatch.setattr("llmtrain.evaluation.command.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'llmtrain\[eval\]'"):
+        evaluate(run, tasks=["hellaswag"])
 
 
 def test_mistakes_are_named(run: Path, corpus: TinyCorpus, tmp_path: Path) -> None:
