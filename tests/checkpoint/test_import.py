@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
+from llmtrain import cli
 from llmtrain.checkpoint import import_command, manifest
 from llmtrain.checkpoint.export import export
 from llmtrain.checkpoint.hugging_face_config import to_hugging_face
@@ -265,3 +267,53 @@ class TestRefused:
                 export(run.folder, tmp_path / "there", max_shard_size=size)
         with pytest.raises(UserError, match="--weights-format npz: use one of safetensors, bin"):
             export(run.folder, tmp_path / "there", weights_format="npz")
+
+
+def test_a_llama_that_we_exported_comes_back(run, tmp_path: Path) -> None:
+    llama = {
+        "attn_config": {"attn_type": "grouped_query_attention", "kv_n_heads": 2, "rope": True, "rope_impl": "hf"},
+        "ffn_config": {"ffn_type": "mptglu", "ffn_hidden_size": 96, "ffn_act_fn": {"name": "silu"}},
+        "norm_type": "rmsnorm",
+        "tie_word_embeddings": False,
+    }
+    _, weights = run.save(**llama)
+    report = export(run.folder, tmp_path / "llama", max_shard_size="30KB")
+    assert report.layout == "llama"
+    import_weights(tmp_path / "llama", tmp_path / "there")
+    opened = open_source(tmp_path / "there")
+    assert same(opened.weights, weights)
+    assert (opened.config.kv_heads, opened.config.attn_config.rope) == (2, True)
+
+
+class TestCommand:
+    def call(self, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["llmtrain", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return int(ended.value.code or 0)
+
+    def test_import_and_export(self, run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+        _, weights = run.save()
+        assert self.call(monkeypatch, "import", run.folder, tmp_path / "there", "--to", "full") == 0
+        said = capsys.readouterr().out
+        assert f"Imported {run.folder}" in said
+        assert f"all {len(weights)} tensors bitwise equal" in said
+        options = ("--dtype", "bf16", "--weights-format", "bin", "--max-shard-size", "30KB", "--license", "mit")
+        assert self.call(monkeypatch, "export", tmp_path / "there", tmp_path / "out", *options) == 0
+        assert len(list((tmp_path / "out").glob("pytorch_model-*.bin"))) > 1
+        assert "license: mit" in (tmp_path / "out" / "README.md").read_text()
+        assert same(open_source(tmp_path / "out").weights, {n: v.bfloat16() for n, v in weights.items()})
+
+    def test_a_failure_says_so_and_leaves_nothing(
+        self, run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+    ) -> None:
+        path, _ = run.save()
+        file = path / "__0_0.distcp"
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+        for verb in ("import", "export"):
+            assert self.call(monkeypatch, verb, path, tmp_path / "out") == 2
+            assert "__0_0.distcp: hash differs" in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+        assert not list(tmp_path.glob(".out*"))
