@@ -232,7 +232,12 @@ def _tasks(given: Arguments, longest: int | None) -> tuple[HarnessConfig | None,
     try:
         if names:
             harness = HarnessConfig.model_validate(
-                {"tasks": names, "num_fewshot": given.num_fewshot, "limit": given.limit}
+                {
+                    "tasks": names,
+                    "num_fewshot": given.num_fewshot,
+                    "limit": given.limit,
+                    "batch_tokens": given.batch_tokens,
+                }
             )
         if files:
             icl = ICLConfig.model_validate(
