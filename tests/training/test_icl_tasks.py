@@ -197,6 +197,31 @@ def test_two_sharded_ranks_without_a_loader(corpus: TinyCorpus, repository: Path
     assert {path.name for path in (again.folder / "checkpoints").glob("ep*")} == {"ep0-ba6", f"ep0-ba{step}"}
 
 
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.gloo_training
+@pytest.mark.parametrize("ranks", ["replicated", "sharing sequences"])
+def test_other_ways_to_use_two_ranks(ranks: str, corpus: TinyCorpus, repository: Path, tmp_path: Path) -> None:
+    model = {"name": "mpt_causal_lm", "d_model": 48, "n_heads": 4, "n_layers": 2, "vocab_size": corpus.vocab_size}
+    changes = {
+        "model": {**model, "init_device": "mixed", "attn_config": {"alibi": True}},
+        "icl_tasks": tasks(repository),
+        "icl_seq_len": 96,
+        "eval_loader": None,
+        "max_duration": "2ba",
+        "save_folder": None,
+    }
+    how = {"fsdp_config": None} if ranks == "replicated" else {"sequence_parallel_degree": 2, "fsdp_config": {}}
+    runs = [
+        launch(tiny_recipe(tmp_path / f"{n}.yaml", corpus, **SHAPE | changes | extra), ranks=n, cwd=tmp_path)
+        for n, extra in ((1, {}), (2, how))
+    ]
+    assert [run.code for run in runs] == [0, 0], runs[1].output
+    found = [[row for row in rows(run, "metrics.jsonl") if any("InContext" in key for key in row)] for run in runs]
+    assert len(found[0]) == 6
+    assert found[0] == found[1]
+
+
 def test_what_best_points_to_may_be_gone(tmp_path: Path) -> None:
     (tmp_path / "best").symlink_to("ep0-ba5")
     with pytest.raises(UserError, match="best: points to ep0-ba5, which is not there any more"):

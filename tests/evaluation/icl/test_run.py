@@ -212,3 +212,24 @@ def test_a_model_with_learned_positions_says_what_does_not_fit(
     short = MPT(MPTConfig.model_validate({**model.config.model_dump(), "attn_config": {}})).eval()
     with pytest.raises(UserError, match="96: the model has 64 learned positions"):
         run(short, words, shipped)
+
+
+def test_a_model_of_transformers(words: PreTrainedTokenizerFast, shipped: ICLConfig, tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from llmtrain.generation.load import load
+
+    torch.manual_seed(1)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    llama = LlamaForCausalLM(LlamaConfig(vocab_size=len(words), max_position_embeddings=128, **shape)).eval()
+    llama.save_pretrained(tmp_path)
+    words.save_pretrained(tmp_path)
+    model, its_words = load(tmp_path, recipe=None, device="cpu", dtype="float32")
+    pair = Pair(ids(40, 50, 60), ids(70, 80))
+    with torch.no_grad():
+        logs = llama(torch.tensor([[40, 50, 60, 70, 80]])).logits[0].log_softmax(-1)
+    (found,) = score_pairs(model, [pair], batch_size=1, ranks=ALONE, sharded=False)
+    assert found.loss == pytest.approx(-float(logs[2, 70] + logs[3, 80]) / 2, rel=1e-5)
+    some = shipped.model_copy(update={"icl_tasks": shipped.icl_tasks[2:], "eval_gauntlet": None})
+    whole = run(model, its_words, some)
+    assert run(model, its_words, some.model_copy(update={"device_eval_batch_size": 3})) == whole
