@@ -55,6 +55,10 @@ EvalLoader = Annotated[TextEvalLoader | FinetuningEvalLoader, Field(discriminato
 """What may stand under `eval_loader`."""
 
 
+LOSS_METRICS = ("LanguageCrossEntropy", "LanguagePerplexity", "TokenAccuracy")
+"""What an evaluation loader is measured by."""
+
+
 def _as_list(value: Any) -> Any:
     return () if value is None else [value] if isinstance(value, Mapping) else value
 
@@ -367,6 +371,27 @@ class Recipe(Config):
                 known = ", ".join(f"`{name}`" for name in labels) or "none: there is no eval_loader"
                 raise mistake(f"There is no such evaluator. Known: {known}.", key)
         return self
+
+    @model_validator(mode="after")
+    def _metrics_are_there(self) -> Self:
+        stopper = self.callbacks.early_stopper if self.callbacks is not None else None
+        blocks = {"callbacks.early_stopper": stopper, "best_checkpoint": self.best_checkpoint}
+        for key, block in blocks.items():
+            known = () if block is None else self._metrics_of(block.dataloader_label)
+            if block is not None and block.monitor not in known:
+                raise mistake(f"{block.dataloader_label} has {', '.join(known)}.", f"{key}.monitor")
+        return self
+
+    def _metrics_of(self, label: str) -> tuple[str, ...]:
+        """The metrics of an evaluator; of the gauntlet, its categories and averages."""
+        if label in self.evaluators():
+            return LOSS_METRICS
+        for task in self.icl_tasks:
+            if any(
+                label == (name := f"{task.label}/{n}-shot") or label.startswith(f"{name}/") for n in task.num_fewshot
+            ):
+                return task.metrics
+        return self.eval_gauntlet.names if self.eval_gauntlet is not None else ()
 
     @model_validator(mode="after")
     def _lengths_fit(self) -> Self:

@@ -13,7 +13,7 @@ from llmtrain.data.finetuning.config import FinetuningLoaderConfig
 from llmtrain.data.text import build_text_loader
 from llmtrain.errors import UserError
 from llmtrain.recipe.batch import BatchPlan
-from llmtrain.recipe.recipe import Recipe
+from llmtrain.recipe.recipe import LOSS_METRICS, Recipe
 from llmtrain.tokenizer import fingerprint, load_tokenizer, with_chat_template
 from llmtrain.training.agreement import from_rank_zero
 from llmtrain.training.environment import say
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from llmtrain.training.length_warmup import LengthWarmup
 
 FIRST_BATCH = "first_batch.txt"
-LOSS_METRICS = ("LanguageCrossEntropy", "LanguagePerplexity", "TokenAccuracy")
 
 
 def open_tokenizer(recipe: Recipe) -> "PreTrainedTokenizerFast":

@@ -163,7 +163,11 @@ SHAPE = {"d_model": 32, "n_heads": 2, "n_layers": 1}
         ({"callbacks": {"speed_monitr": {}}}, "callbacks.speed_monitr", "Did you mean `speed_monitor`?"),
         ({"callbacks": {"speed_monitor": {"window": 3}}}, "callbacks.speed_monitor.window", "`window_size`"),
         (
-            {"callbacks": {"hf_checkpointer": {"save_folder": "x", "mlflow_logging_config": {}}}},
+            {
+                "callbacks": {
+                    "hf_checkpointer": {"save_folder": "x", "save_interval": "1ba", "mlflow_logging_config": {}}
+                }
+            },
             "callbacks.hf_checkpointer.mlflow_logging_config",
             "MLflow's registry is not used",
         ),
@@ -194,6 +198,11 @@ SHAPE = {"d_model": 32, "n_heads": 2, "n_layers": 1}
             {"best_checkpoint": {"dataloader_label": "t/1-shot"}, "save_folder": "x", "icl_tasks": [ICL_TASK]},
             "best_checkpoint.dataloader_label",
             "Known: `t/0-shot`",
+        ),
+        (
+            {"best_checkpoint": {"dataloader_label": "t/0-shot"}, "save_folder": "x", "icl_tasks": [ICL_TASK]},
+            "best_checkpoint.monitor",
+            "t/0-shot has InContextLearningLMAccuracy",
         ),
         ({"callbacks": {"eval_gauntlet": {}}}, "callbacks.eval_gauntlet", "top level"),
         (

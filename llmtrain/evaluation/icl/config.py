@@ -264,6 +264,17 @@ class GauntletConfig(Config):
     averages: dict[str, tuple[str, ...]] | None = None
     """Name -> categories that are averaged; `default_average` of all of them when left out."""
 
+    @property
+    def named_averages(self) -> dict[str, tuple[str, ...]]:
+        """Name -> categories."""
+        everything = {"default_average": tuple(category.name for category in self.categories)}
+        return everything if self.averages is None else self.averages
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all that is averaged."""
+        return (*(category.name for category in self.categories), *self.named_averages)
+
     @field_validator("weighting", mode="before")
     @classmethod
     def _any_case(cls, value: Any) -> Any:

@@ -41,9 +41,8 @@ def averages(
         scores[category.name] = sum(
             _above_guessing(cfg, b, value) * weight / total for b, value, weight in found if value is not None
         )
-    named = cfg.averages if cfg.averages is not None else {"default_average": tuple(c.name for c in cfg.categories)}
     of_names = {}
-    for name, parts in named.items():
+    for name, parts in cfg.named_averages.items():
         there = [scores[part] for part in parts if part in scores]
         if there:
             of_names[name] = sum(there) / len(there)
