@@ -94,9 +94,11 @@ def _to_folder(folder: Path, files: list[str], target: Path, *, overwrite: bool)
     taken = target.is_dir() and any(target.iterdir())
     if taken and not any((target / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise UserError(f"{target}: holds other files and is no export; give a folder that does not exist.")
+    size = sum((folder / name).stat().st_size for name in files)
+    if taken and _equal(folder, files, target):
+        return Pushed(str(target), len(files), size, "which are there already, with the same hashes")
     if taken and not overwrite:
         raise _taken(str(target))
-    size = sum((folder / name).stat().st_size for name in files)
     staging = target.parent / f".{target.name}.pushing-{uuid.uuid4().hex[:8]}"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -122,6 +124,13 @@ def _to_folder(folder: Path, files: list[str], target: Path, *, overwrite: bool)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return Pushed(str(target), len(files), size, "each file's hash compared")
+
+
+def _equal(folder: Path, files: list[str], target: Path) -> bool:
+    """Whether a folder holds these files, and no others, with the same content."""
+    return sorted(files_of(target)) == sorted(files) and all(
+        manifest.file_entry(folder / name) == manifest.file_entry(target / name) for name in files
+    )
 
 
 def _to_store(folder: Path, files: list[str], url: str, *, overwrite: bool) -> Pushed:

@@ -230,7 +230,8 @@ class HuggingFaceCheckpointer(Callback):  # type: ignore[misc]
         if answer.problem is not None:
             self._failed(answer.problem)
             return
-        waited = f"training waited {self._stall + running.waited:.2f} s"
+        waited = f"training waited {self._stall:.2f} s for the copy"
+        waited += f" and {running.waited:.1f} s for this to end" if running.waited >= 0.05 else ""
         what = "is there already" if answer.done_before else f"({answer.size / 1e6:,.1f} MB, proven; "
         what += f"; {waited}" if answer.done_before else f"{answer.seconds:.1f} s in the background; {waited})"
         _say(f"export      {running.target}  {what}")

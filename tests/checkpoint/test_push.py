@@ -50,6 +50,7 @@ class TestFolder:
         target = tmp_path / "far" / "model"
         assert "7 files" in str(push(export, str(target)))
         assert content(target) == content(export)
+        assert "already" in str(push(export, str(target), overwrite=False))
         (export / "config.json").write_text("{}")
         with pytest.raises(UserError, match="--overwrite"):
             push(export, str(target), overwrite=False)
