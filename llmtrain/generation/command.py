@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtrain.errors import UserError
+from llmtrain.generation.job import Job
 from llmtrain.generation.requests import Requests, standard_input
 from llmtrain.generation.settings import Settings
 
@@ -79,14 +80,14 @@ def generate_command(
     answering = Answering(model, tokenizer, seed=seed, batch_size=batch_size, progress=PrefillProgress())
     if output is not None:
         made_of = {
-            "model": str(source),
             **_identity(model, tokenizer),
             "input": requests.sha256,
             "seed": seed,
             "batch_size": batch_size,
-            "settings": vars(settings) | {"stop": list(settings.stop)},
+            **vars(settings),
+            "stop": list(settings.stop),
         }
-        _run_job(output, requests, answering, made_of, overwrite)
+        _run_job(Job(output, made_of, {"model": str(source)}), requests, answering, overwrite)
         return []
     answering.check(requests)
     printed: list[Answer] = []
@@ -97,17 +98,13 @@ def generate_command(
     return printed
 
 
-def _run_job(
-    output: Path, requests: Requests, answering: "Answering", made_of: dict[str, Any], overwrite: bool
-) -> None:
+def _run_job(job: Job, requests: Requests, answering: "Answering", overwrite: bool) -> None:
     from rich.console import Console
 
     from llmtrain.generation.batch import as_json
     from llmtrain.generation.batch_progress import batch_progress
-    from llmtrain.generation.job import Job
 
-    console = Console(stderr=True)
-    job = Job(output, made_of)
+    console, output = Console(stderr=True), job.output
     done = job.start(overwrite=overwrite)
     if done is None:
         console.print(f"{output} is complete already, of the same input, model and settings.", markup=False)

@@ -21,13 +21,14 @@ class Job:
     Args:
         output: the file to write.
         made_of: what the answers depend on, as plain JSON.
+        about: what else is worth knowing; it may change.
     """
 
-    def __init__(self, output: Path, made_of: Mapping[str, Any]) -> None:
+    def __init__(self, output: Path, made_of: Mapping[str, Any], about: Mapping[str, Any] | None = None) -> None:
         self.output = output
         self.partial = output.with_name(output.name + ".partial")
         self.record = output.with_name(output.name + ".job.json")
-        self._made_of = dict(made_of)
+        self._made_of, self._about = dict(made_of), dict(about or {})
 
     def start(self, *, overwrite: bool) -> int | None:
         """Find out where to begin.
@@ -123,7 +124,7 @@ class Job:
             old, new = before.get(key), self._made_of.get(key)
             long = max(len(str(old)), len(str(new))) > 40
             said.append(key if long else f"{key} (was {old}, is {new})")
-        return f"made with another {', '.join(said)}"
+        return f"made of something else: {', '.join(said)}"
 
     def _read_record(self) -> dict[str, Any] | None:
         try:
@@ -135,7 +136,8 @@ class Job:
         return record if isinstance(record, dict) else None
 
     def _write_record(self, *, complete: bool) -> None:
-        text = json.dumps({"complete": complete, "made_of": self._made_of}, indent=2, ensure_ascii=False)
+        content = {"complete": complete, **self._about, "made_of": self._made_of}
+        text = json.dumps(content, indent=2, ensure_ascii=False)
         temporary = self.record.with_name(f".{self.record.name}.writing")
         try:
             temporary.write_text(text + "\n", encoding="utf-8")

@@ -6,6 +6,7 @@ github.com/Azure/azureml-assets, assets/models/system/mosaicml-mpt-7b).
 """
 
 import hashlib
+import io
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -59,6 +60,8 @@ class Requests:
 
     def __init__(self, texts: Sequence[str], file: Path | None, settings: Settings) -> None:
         self._texts, self._file, self._settings = tuple(texts), file, settings
+        # A pipe gives what it has once.
+        self._content = file.read_bytes() if file is not None and file.exists() and not file.is_file() else None
         self.n = self.n_prompts = 0
         digest = hashlib.sha256(json.dumps(list(texts)).encode())
         problems: list[str] = []
@@ -74,10 +77,14 @@ class Requests:
             raise UserError("There is no prompt: pass --prompt TEXT, --prompts FILE, or text on standard input.")
 
     def __iter__(self) -> Iterator[Request]:
+        count = 0
         for item in self._read(lambda _: None):
             if isinstance(item, UserError):  # it was none when the file was read first
                 raise item
+            count += 1
             yield item
+        if count != self.n:
+            raise UserError(f"{self._file}: it has changed while it was read.")
 
     def _read(self, seen: Any) -> Iterator[Request | UserError]:
         for text in self._texts:
@@ -85,7 +92,7 @@ class Requests:
         if self._file is None:
             return
         try:
-            with self._file.open("rb") as lines:
+            with self._file.open("rb") if self._content is None else io.BytesIO(self._content) as lines:
                 for number, line in enumerate(lines, start=1):
                     seen(line)
                     if not line.strip():

@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,16 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, match: str) -> None:
         generate_command(tmp_path / "none", prompts_file=tmp_path / "in.jsonl")
 
 
+def test_a_pipe_is_read_once(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_text, args=("one\ntwo\n",))
+    writer.start()
+    requests = Requests([], pipe, Settings())
+    writer.join()
+    assert [request.prompts for request in requests] == [("one",), ("two",)] == [r.prompts for r in requests]
+
+
 def test_all_bad_lines_are_counted(tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_bytes(b'{"prompt": "\xff"}\n' + b"{\n" * 7)
     with pytest.raises(UserError) as error:
@@ -173,14 +184,14 @@ class TestResuming:
 
     @pytest.fixture
     def source(self, tmp_path: Path) -> Path:
-        return many(tmp_path / "in.jsonl", 40)
+        return many(tmp_path / "in.jsonl", 24)
 
     def run(self, exported: Path, source: Path, target: Path, **changes: Any) -> bytes:
-        settings: dict[str, Any] = {"max_new_tokens": 6, "temperature": 1.1, "batch_size": 2, "seed": 4, **changes}
+        settings: dict[str, Any] = {"max_new_tokens": 4, "temperature": 1.1, "batch_size": 2, "seed": 4, **changes}
         generate_command(exported, prompts_file=source, output=target, **settings)
         return target.read_bytes()
 
-    @pytest.mark.parametrize("n_bytes", [0, 1, 3000, "cut", "whole"])
+    @pytest.mark.parametrize("n_bytes", [0, 1, 1500, "cut", "whole"])
     def test_any_beginning_is_continued(
         self, exported: Path, source: Path, tmp_path: Path, n_bytes: int | str, capsys
     ) -> None:
@@ -191,7 +202,7 @@ class TestResuming:
             with pytest.raises(KeyboardInterrupt):
                 self.run(exported, source, target)
         assert not target.exists()
-        end = {"cut": whole.index(b"\n", 2000) + 1, "whole": len(whole)}.get(n_bytes, n_bytes)
+        end = {"cut": whole.index(b"\n", 1200) + 1, "whole": len(whole)}.get(n_bytes, n_bytes)
         (tmp_path / "out.jsonl.partial").write_bytes(whole[:end])
         capsys.readouterr()
         assert self.run(exported, source, target) == whole
@@ -215,14 +226,14 @@ class TestResuming:
         everything = [as_json(*pair) for pair in answering.answer(requests)]
         n_all = sum(ran)
         ran.clear()
-        assert [as_json(*pair) for pair in answering.answer(requests, done=35)] == everything[35:]
+        assert [as_json(*pair) for pair in answering.answer(requests, done=20)] == everything[20:]
         assert sum(ran) <= n_all / 3
 
     @pytest.mark.parametrize(
         ("change", "match"),
         [
             ({"seed": 5}, r"seed \(was 4, is 5\)"),
-            ({"temperature": 0.5}, "another settings"),
+            ({"temperature": 0.5}, r"temperature \(was 1.1, is 0.5\)"),
             ({"batch_size": 3}, "batch_size"),
             ({"dtype": "bfloat16"}, "dtype"),
         ],
@@ -244,13 +255,13 @@ class TestResuming:
         self.run(exported, source, target)
         original = source.read_bytes()
         source.write_bytes(original + b'{"prompt": "one more"}\n')
-        with pytest.raises(UserError, match="another input"):
+        with pytest.raises(UserError, match="something else: input"):
             self.run(exported, source, target)
         source.write_bytes(original)
         model = make_model()
         model.transformer.norm_f.weight.data[3] += 0.5
         write_hf_folder(exported, model.config, model.state_dict(), dtype="float32", tokenizer=tokenizer)
-        with pytest.raises(UserError, match="another weights"):
+        with pytest.raises(UserError, match="something else: weights"):
             self.run(exported, source, target)
 
     def test_a_complete_output_is_left_alone_and_a_stranger_is_not_replaced(
@@ -266,24 +277,29 @@ class TestResuming:
         assert target.stat().st_mtime_ns == stamp
         assert "complete already" in capsys.readouterr().err
 
+    def test_the_place_of_the_model_does_not_matter(self, exported: Path, source: Path, tmp_path: Path, capsys) -> None:
+        self.run(exported, source, tmp_path / "out.jsonl")
+        self.run(exported.rename(tmp_path / "moved"), source, tmp_path / "out.jsonl")
+        assert "complete already" in capsys.readouterr().err
+
     def test_the_prompts_are_not_the_output(self, exported: Path, source: Path) -> None:
         with pytest.raises(UserError, match="is the file with the prompts"):
             self.run(exported, source, source)
 
     def test_killed_in_the_middle(self, exported: Path, tmp_path: Path) -> None:
         """Greedy and sampled lines."""
-        source = many(tmp_path / "in.jsonl", 300)
+        source = many(tmp_path / "in.jsonl", 200)
         whole = self.run(exported, source, tmp_path / "whole.jsonl")
         target = tmp_path / "out.jsonl"
         partial = tmp_path / "out.jsonl.partial"
         code = (
             "from pathlib import Path; from llmtrain.generation.command import generate_command\n"
-            f"generate_command(Path({str(exported)!r}), prompts_file=Path({str(source)!r}), max_new_tokens=6,"
+            f"generate_command(Path({str(exported)!r}), prompts_file=Path({str(source)!r}), max_new_tokens=4,"
             f" temperature=1.1, batch_size=2, seed=4, output=Path({str(target)!r}))"
         )
         child = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 300
-        while not (partial.exists() and partial.stat().st_size > 5000) and time.monotonic() < deadline:
+        while not (partial.exists() and partial.stat().st_size > 3000) and time.monotonic() < deadline:
             assert child.poll() is None, "it ended before it was killed"
             time.sleep(0.005)
         os.kill(child.pid, signal.SIGKILL)
