@@ -98,7 +98,7 @@ def run_harness(
                 )
             # All ranks have computed the metrics; but the first one's count, as bootstrap and clocks may differ.
             run = {"task": name, **{key: found[key] for key in _KEPT if key in found}}
-            run = ranks.gather_each(json.loads(json.dumps(run, default=str)))[0]
+            run = ranks.gather_each(json.loads(json.dumps(run, default=_plain)))[0]
             of_task = _rows(task, name, run)
             if ranks.is_first:
                 _compare(console, task, name, of_task, task.limit or tasks.limit)
@@ -109,6 +109,11 @@ def run_harness(
     settings = tasks.model_dump(mode="json", exclude={"tasks"}, exclude_defaults=True)
     about = {"lm_eval": lm_eval.__version__, "max_length": lm.max_length, **settings, "runs": runs}
     return TaskResults(rows, about={"harness": about})
+
+
+def _plain(value: Any) -> Any:
+    """A number of numpy or torch as Python's; anything else, functions of tasks for example, as text."""
+    return value.item() if hasattr(value, "item") else str(value)
 
 
 def _require(tasks: HarnessConfig, tokenizer: "PreTrainedTokenizerFast") -> None:

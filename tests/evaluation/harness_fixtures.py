@@ -121,7 +121,7 @@ def write_group(folder: Path, tasks: Path) -> None:
     (folder / "group.yaml").write_text(yaml.safe_dump(group))
 
 
-def train(corpus: TinyCorpus, steps: int = 120) -> MPT:
+def train(corpus: TinyCorpus, steps: int = 80) -> MPT:
     """A model that knows a little of the corpus: some of its guesses are right, and none is a tie."""
     from llmtrain.evaluation.tokens import ShardTokens, folder_of_shards
 
@@ -132,7 +132,7 @@ def train(corpus: TinyCorpus, steps: int = 120) -> MPT:
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
     places = np.random.default_rng(0)
     for _ in itertools.repeat(None, steps):
-        starts = places.integers(0, len(stream) - 64, 16)
+        starts = places.integers(0, len(stream) - 64, 8)
         ids = torch.stack([stream[s : s + 64] for s in starts])
         model(ids, labels=ids).loss.backward()
         optimizer.step()

@@ -227,3 +227,34 @@ def test_the_harness_own_tasks_without_a_network(opened: tuple[Any, Any]) -> Non
         run(opened, tasks="helaswag")
     with pytest.raises(UserError, match=r"^arc_challenge: the data of this task is not on this machine"):
         run(opened, tasks="arc_challenge")
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_recipes_expect_metrics_that_the_harness_tasks_have(repository: Path) -> None:
+    """By the harness's own files: their data is not here."""
+    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    from llmtrain.evaluation.recipe import load_eval_recipe
+
+    index = TaskManager().task_index
+    for name in ("mpt-7b", "mpt-7b-instruct", "mpt-7b-chat"):
+        recipe = load_eval_recipe(repository / "yamls" / "eval" / f"{name}.yaml")
+        assert len(recipe.harness.tasks) == 6
+        for task in recipe.harness.tasks:
+            says = load_yaml(index[task.task].yaml_path, resolve_func=False)
+            metrics = {block["metric"] for block in says.get("aggregate_metric_list", says.get("metric_list"))}
+            filters = {block["name"] for block in says.get("filter_list", [])} or {"none"}
+            for label in task.expected:
+                metric, _, chosen = label.partition(",")
+                assert metric in metrics
+                assert (chosen or "none") in filters
+
+
+def test_the_shipped_task_runs(opened: tuple[Any, Any], repository: Path) -> None:
+    found, _ = run(opened, tasks=str(repository / "yamls" / "eval" / "tasks"), num_fewshot=1)
+    assert [(row.task, row.metric, row.n) for row in found.rows] == [
+        ("python_endings", "acc", 50),
+        ("python_endings", "acc_norm", 50),
+    ]
