@@ -19,7 +19,7 @@ from llmtrain.testing.recipe import tiny_recipe
 LOSS, EVAL = "loss/train/total", "metrics/eval/whole/LanguageCrossEntropy"
 PRONOUNS = "metrics/pronouns/0-shot/InContextLearningMultipleChoiceAccuracy"
 GAUNTLET = "icl/metrics/eval_gauntlet/common_sense"
-SHAPE = {"max_duration": "6ba", "eval_interval": "2ba", "save_interval": "6ba", "fsdp_config": None}
+SHAPE = {"max_duration": "6ba", "eval_interval": "3ba", "save_interval": "6ba", "fsdp_config": None}
 
 
 def tasks(repository: Path, *labels: str) -> list[dict[str, Any]]:
@@ -96,15 +96,15 @@ def test_training_does_not_notice(plain: Finished, evaluated: Finished) -> None:
 
 def test_every_evaluation_has_all_tasks(evaluated: Finished) -> None:
     accuracies, averages = evaluated.metrics(PRONOUNS), evaluated.metrics(GAUNTLET)
-    assert list(accuracies) == list(averages) == [0, 2, 4, 6]
+    assert list(accuracies) == list(averages) == [0, 3, 6]
     for step, value in accuracies.items():
         assert averages[step] == pytest.approx((value - 0.5) / 0.5)
     assert evaluated.metrics("icl/metrics/eval_gauntlet/default_average") == averages
     categories = "metrics/general_knowledge/2-shot/{}/InContextLearningMultipleChoiceAccuracy"
-    assert all(list(evaluated.metrics(categories.format(name))) == [0, 2, 4, 6] for name in ("nature", "places"))
+    assert all(list(evaluated.metrics(categories.format(name))) == [0, 3, 6] for name in ("nature", "places"))
     exact = "metrics/python_answers/2-shot/InContextLearningGenerationExactMatchAccuracy"
-    assert list(evaluated.metrics(exact)) == [0, 2, 4, 6]
-    assert f"pronouns/0-shot  step 4  accuracy {accuracies[4]:.4g}" in evaluated.output
+    assert list(evaluated.metrics(exact)) == [0, 3, 6]
+    assert f"pronouns/0-shot  step 3  accuracy {accuracies[3]:.4g}" in evaluated.output
     assert "6 of llm-foundry's kind, 46 questions at each evaluation" in evaluated.output
     positions = json.loads((evaluated.folder / "loss_by_position.json").read_text())
     # 64 tokens a row, 4 rows a batch: two batches of one (eval_subset_num_batches), one of the other
@@ -113,7 +113,7 @@ def test_every_evaluation_has_all_tasks(evaluated: Finished) -> None:
 
 def test_outputs_are_shown(evaluated: Finished) -> None:
     shown = rows(evaluated, "eval_outputs.jsonl")
-    assert [row["step"] for row in shown] == sorted([0, 2, 4, 6] * 12)
+    assert [row["step"] for row in shown] == sorted([0, 3, 6] * 12)
     pronouns = [row for row in shown if row["task"] == "pronouns/0-shot"][:2]
     assert pronouns[0]["scored"][1] == "The list could not hold the dictionary because the dictionary was already full."
     assert isinstance(pronouns[0]["answer"], int)
@@ -142,7 +142,7 @@ def test_the_numbers_are_those_of_the_checkpoint(evaluated: Finished, repository
 
 def test_the_best_checkpoint_is_kept(evaluated: Finished) -> None:
     step, value = best_of(evaluated)
-    assert step == 2
+    assert step == 3
     folder = evaluated.folder / "checkpoints"
     best = read_best(folder)
     assert best is not None
@@ -169,6 +169,7 @@ def test_two_sharded_ranks_without_a_loader(corpus: TinyCorpus, repository: Path
     """The best is of a task; a resumed run knows it, and retention leaves it alone."""
     changes = {
         "eval_loader": None,
+        "eval_interval": "2ba",
         "icl_tasks": tasks(repository, "pronouns", "python_answers"),
         "icl_seq_len": 96,
         "fsdp_config": {"sharding_strategy": "FULL_SHARD"},
@@ -209,6 +210,7 @@ def test_other_ways_to_use_two_ranks(ranks: str, corpus: TinyCorpus, repository:
         "icl_seq_len": 96,
         "eval_loader": None,
         "max_duration": "2ba",
+        "eval_interval": "2ba",
         "save_folder": None,
     }
     how = {"fsdp_config": None} if ranks == "replicated" else {"sequence_parallel_degree": 2, "fsdp_config": {}}
