@@ -177,6 +177,27 @@ def test_the_loss_of_answers_is_that_of_their_tokens(run: Path, corpus: TinyCorp
     assert chat["loss"] == pytest.approx(total / n, rel=1e-6)
 
 
+def test_weights_that_say_nothing_are_what_the_recipe_says(run: Path, corpus: TinyCorpus, tmp_path: Path) -> None:
+    """As llm-foundry's checkpoints are: a file, and model and tokenizer in the recipe."""
+    wanted, _ = evaluate(run, max_tokens=500)
+    alone = tmp_path / "elsewhere" / "ep0-ba5.pt"
+    alone.parent.mkdir()
+    alone.write_bytes(run.read_bytes())
+    content = {
+        "load_path": str(alone),
+        "model": yaml.safe_load((tmp_path / "x.yaml").read_text())["model"],
+        "tokenizer": {"name": str(corpus.tokenizer)},
+        "max_seq_len": 64,
+        "max_tokens": 500,
+        "eval_loader": {"name": "text", "dataset": {"local": str(corpus.val)}},
+    }
+    (tmp_path / "foreign.yaml").write_text(yaml.safe_dump(content))
+    found, _ = evaluate(tmp_path / "foreign.yaml")
+    assert found["lengths"][0]["loss"] == wanted["lengths"][0]["loss"]
+    with pytest.raises(UserError, match="no tokenizer is known"):
+        evaluate(tmp_path / "foreign.yaml", "tokenizer=null")
+
+
 def test_tasks(run: Path, repository: Path, tmp_path: Path) -> None:
     """llmtrain eval CHECKPOINT --tasks: no losses then, but where data is given as well."""
     tasks = str(repository / "yamls" / "eval" / "icl" / "tasks.yaml")
