@@ -13,6 +13,9 @@ from llmtrain.errors import UserError
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
+_PIECE = 16_000_000
+"""Bytes that are mapped at once."""
+
 
 def written_weights(folder: Path) -> Weights:
     """All tensors of the folder's weights files, by the names in them.
@@ -36,7 +39,7 @@ def written_weights(folder: Path) -> Weights:
 
 
 class _Safetensors(Weights):
-    """One file, by the safetensors library, which maps it: opened for each tensor anew, so that no pages stay."""
+    """One file, by the safetensors library, which maps it: opened for each piece anew, so that no pages stay."""
 
     def __init__(self, path: Path):
         self._path = path
@@ -55,8 +58,15 @@ class _Safetensors(Weights):
             raise UserError(f"{self._path}: cannot be read, the file is damaged ({error}).") from None
 
     def __getitem__(self, name: str) -> Tensor:
-        with self._open() as file:
-            return file.get_tensor(name).clone()  # type: ignore[no-any-return]
+        whole = torch.empty(self._shapes[name], dtype=self._dtypes[name])
+        if whole.dim() == 0:
+            with self._open() as file:
+                return file.get_tensor(name).clone()  # type: ignore[no-any-return]
+        rows = max(1, _PIECE * len(whole) // max(1, whole.nbytes))
+        for first in range(0, len(whole), rows):
+            with self._open() as file:
+                whole[first : first + rows] = file.get_slice(name)[first : first + rows]
+        return whole
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._shapes)

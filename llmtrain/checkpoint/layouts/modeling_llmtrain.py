@@ -305,7 +305,10 @@ class LLMTrainModel(LLMTrainPreTrainedModel):
             past_key_values = DynamicCache()
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         if attention_mask is not None and attention_mask.shape != (len(x), past + x.shape[1]):
-            raise ValueError(f"attention_mask is {tuple(attention_mask.shape)}, not {(len(x), past + x.shape[1])}")
+            wanted = (len(x), past + x.shape[1])
+            raise ValueError(
+                f"attention_mask is {tuple(attention_mask.shape)}, not {wanted}; static caches are not supported"
+            )
         mask = None if attention_mask is None else attention_mask.bool()
         if position_ids is None:
             position_ids = torch.arange(past, past + x.shape[1], device=x.device)[None]
