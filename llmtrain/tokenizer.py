@@ -108,6 +108,8 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
         for key in ("backend", "is_local", "local_files_only"):  # how it was opened here
             config.pop(key, None)
+        # Version 4's class gives token_type_ids otherwise, which `generate` of decoders refuses.
+        config.setdefault("model_input_names", ["input_ids", "attention_mask"])
         temporary = path.with_name(f".{path.name}.writing")
         temporary.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         temporary.replace(path)
