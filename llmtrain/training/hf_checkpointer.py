@@ -1,5 +1,6 @@
 """Exports while training goes on: it waits for the copy out of the device, and for nothing else."""
 
+import json
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -84,11 +85,14 @@ class HuggingFaceCheckpointer(Callback):  # type: ignore[misc]
         self._record = {"recipe": recipe.model_dump(mode="json"), "tokenizer_fingerprint": tokenizer_fingerprint}
 
     def state_dict(self) -> dict[str, Any]:
-        """The exports that were not finished when a checkpoint was saved: a resumed run makes them up."""
-        return {"unfinished": list(self._unfinished)}
+        """The exports that were not finished when a checkpoint was saved: a resumed run makes them up.
+
+        As one text: torch's sharded checkpoints load lists only where there is one of the same length.
+        """
+        return {"unfinished": json.dumps(self._unfinished)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._unfinished = list(state.get("unfinished", []))
+        self._unfinished = json.loads(state.get("unfinished", "[]"))
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Tries an export of tiny weights and all destinations, and makes up the exports that a stop has cut off.
