@@ -90,7 +90,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for text in args.cases:
             case = Case.parse(text)
-            result["cases"][text] = measure(case, export(case.shape, Path(folder)), args)
+            found = result["cases"][text] = measure(case, export(case.shape, Path(folder)), args)
+            print(f"{text}: {ratio(found['rounds'], clock):.2f}", file=sys.stderr, flush=True)
     result["machine"] += f", {os.getloadavg()[0]:.1f} at the end"
     show(result, clock)
     if args.out:
