@@ -95,9 +95,14 @@ def check(
         bool, typer.Option("--last-mile", help="Save, export and open tiny weights of its shape; try where it writes.")
     ] = False,
 ) -> None:
-    """Validate a training recipe without starting anything, and print it resolved."""
+    """Validate a training or evaluation recipe without starting anything, and print it resolved."""
+    from llmtrain.evaluation.recipe import check as check_evaluation
+    from llmtrain.evaluation.recipe import is_eval_recipe
     from llmtrain.recipe.check import check as run
 
+    if is_eval_recipe(recipe):
+        print(check_evaluation(recipe, overrides or []))
+        return
     print(run(recipe, overrides or [], last_mile=last_mile))
 
 

@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 
 import llmtrain
+from llmtrain.config.secrets import redact
 from llmtrain.errors import UserError
 from llmtrain.evaluation import ranks as processes
 from llmtrain.evaluation.evaluate import TOKENS_IN_A_BATCH
@@ -179,7 +180,7 @@ def _about(plan: Plan, ranks: Ranks) -> dict[str, Any]:
     for package in ("torch", "transformers", "tokenizers", "lm_eval"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-    recipe = None if plan.recipe is None else plan.recipe.model_dump(mode="json", exclude_unset=True)
+    recipe = None if plan.recipe is None else redact(plan.recipe.model_dump(mode="json", exclude_unset=True))
     return {
         "ranks": ranks.world,
         "sharded": plan.shard and ranks.world > 1,

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from llmtrain.config.load import load
+from llmtrain.config.secrets import redact
 from llmtrain.evaluation.config import EvalRecipe
 from llmtrain.recipe.load import name_components, spread_length
 
@@ -50,6 +51,21 @@ def load_eval_recipe(path: str | Path, overrides: Sequence[str] = ()) -> EvalRec
         return data
 
     return load(path, EvalRecipe, overrides, prepare=prepare)
+
+
+def check(path: str | Path, overrides: Sequence[str] = ()) -> str:
+    """What `llmtrain check` prints of an evaluation recipe: the keys that it gives, resolved, below its notes.
+
+    Raises:
+        ConfigError: with every mistake that was found.
+    """
+    recipe = load_eval_recipe(path, overrides)
+    models = f"{len(recipe.models)} model{'s' if len(recipe.models) > 1 else ''}"
+    losses, tasks = len(recipe.eval_loader), len(recipe.icl_tasks) + len(recipe.harness.tasks if recipe.harness else ())
+    lines = [f"{path}: a valid evaluation recipe: {models}, {losses} of data, {tasks} of tasks.", *recipe.notes()]
+    given = redact(recipe.model_dump(mode="json", exclude_unset=True))
+    text = yaml.safe_dump(given, sort_keys=False, allow_unicode=True, width=120)
+    return "\n".join(f"# {line}" for line in lines) + "\n" + text
 
 
 def _one_model_is_a_list(data: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import yaml
 
 from llmtrain.config.problems import ConfigError
 from llmtrain.evaluation.plan import Arguments, make_plan
-from llmtrain.evaluation.recipe import is_eval_recipe, load_eval_recipe
+from llmtrain.evaluation.recipe import check, is_eval_recipe, load_eval_recipe
 
 FOUNDRY = """
 variables:
@@ -106,7 +106,7 @@ def test_llm_foundrys_keys(foundry: Path) -> None:
         ("models.1.model_name=mosaicml/mpt-7b", "Two models have this name"),
         ("models.1.load_path=null", "Nothing says where the weights are"),
         ("models=[]", "It is empty"),
-        ("max_seq_len=0", "greater than 0|at least 1|above 0"),
+        ("max_seq_len=0", "(?i)greater than 0|at least 1|above 0"),
         ("precision=amp_fp8", "amp_bf16"),
         ("max_duration=1ep", "an evaluation has none"),
         ("icl_tasks.0.num_beams=2", "no beam search"),
@@ -152,6 +152,17 @@ def test_recipes_are_told_apart(repository: Path, foundry: Path, tmp_path: Path)
     (tmp_path / "broken.yaml").write_text("a: [")
     assert not is_eval_recipe(tmp_path / "broken.yaml")
     assert not is_eval_recipe(tmp_path / "nowhere.yaml")
+
+
+def test_llmtrain_check_knows_them(foundry: Path) -> None:
+    """What it prints is itself a recipe, and holds no secret."""
+    said = check(foundry, ["metadata={api_key: s3cret}"])
+    assert "2 models, 2 of data, 1 of tasks" in said
+    assert "# fsdp_config.forward_prefetch: true has no effect" in said
+    assert "s3cret" not in said
+    again = foundry.with_name("again.yaml")
+    again.write_text(said)
+    assert load_eval_recipe(again).models == load_eval_recipe(foundry).models
 
 
 def test_options_that_a_recipe_says_itself_are_refused(foundry: Path) -> None:
