@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from llmtrain.checkpoint import opened
+from llmtrain.checkpoint.heap import give_back
 from llmtrain.checkpoint.layouts import Layout
 from llmtrain.checkpoint.streamed import Unit, streamed
 from llmtrain.checkpoint.weights import Weights
@@ -122,6 +123,8 @@ def _differing_tensors(written: Weights, wanted: Weights) -> list[str]:
         value, found = wanted[name], written[name]
         if value.dtype != found.dtype or not torch.equal(value, found):
             differing.append(name)
+        del value, found
+        give_back()
     return [f"tensors differ: {differing[:6]} ({len(differing)} in all)"] if differing else []
 
 

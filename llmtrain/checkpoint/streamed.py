@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmtrain.checkpoint.heap import give_back
+
 Read = Callable[[str], Tensor]
 """Name of a parameter -> its value; called each time that it is needed."""
 
@@ -67,3 +69,4 @@ class Unit:
         """Free them."""
         for owner, leaf, _name, meta in self._places:
             owner._parameters[leaf] = meta
+        give_back()

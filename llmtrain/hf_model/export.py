@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from llmtrain.checkpoint.compare import Comparison
 from llmtrain.checkpoint.hugging_face import ends_of_turns
 from llmtrain.checkpoint.tokenizer_files import copy_tokenizer
 from llmtrain.errors import UserError
-from llmtrain.hf_model.compare import compare_adapters, compare_folder, merging_changes_nothing
+from llmtrain.hf_model.compare import compare_adapters, compare_folder, identity, merging_changes_nothing
 from llmtrain.hf_model.load import DTYPES, cast
 from llmtrain.hf_model.source import HFSource
 from llmtrain.quiet_transformers import quiet_transformers
@@ -47,7 +46,7 @@ def write_merged(source: HFSource, folder: Path, *, dtype: str, max_shard_size: 
     model = cast(source.model, torch.float32)
     if source.peft is not None:
         model = merging_changes_nothing(source.peft)
-    weights = _cast(model, dtype, source.path)
+    identities = _identities(model, dtype, source.path)
     out = cast(model, DTYPES[dtype])
     out.config.use_cache = True
     ids = _write_tokenizer(source, folder)
@@ -60,7 +59,11 @@ def write_merged(source: HFSource, folder: Path, *, dtype: str, max_shard_size: 
     with quiet_transformers():
         out.save_pretrained(folder, max_shard_size=max_shard_size, safe_serialization=True)
     comparison = compare_folder(
-        folder, cast(out, torch.float32), weights, trust_remote_code=source.config.trust_remote_code
+        folder,
+        cast(out, torch.float32),
+        identities,
+        DTYPES[dtype],
+        trust_remote_code=source.config.trust_remote_code,
     )
     return Written(sum(p.numel() for p in out.parameters()), comparison, bool(ids))
 
@@ -108,8 +111,9 @@ def _write_tokenizer(source: HFSource, folder: Path) -> dict[str, int | None]:
         shutil.rmtree(staged)
 
 
-def _cast(model: Any, dtype: str, where: Path) -> dict[str, Tensor]:
-    weights = {}
+def _identities(model: Any, dtype: str, where: Path) -> dict[str, str]:
+    """Hashes of all tensors in the dtype of the export: copies of them would be a third model in memory."""
+    found = {}
     for name, value in model.state_dict().items():
         written = value.to(DTYPES[dtype]) if value.is_floating_point() else value
         if not torch.isfinite(written).all():
@@ -118,5 +122,5 @@ def _cast(model: Any, dtype: str, where: Path) -> dict[str, Tensor]:
                 if torch.isfinite(value).all()
                 else f"{where}: `{name}` holds NaN or infinity: the training broke; take an older checkpoint."
             )
-        weights[name] = written.clone()
-    return weights
+        found[name] = identity(written)
+    return found

@@ -1,10 +1,13 @@
 """How much memory this process needed for something, at its peak."""
 
+import gc
 import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from llmtrain.checkpoint.heap import give_back
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -23,6 +26,8 @@ def peak_memory() -> Iterator[Peak]:
     Linux counts the peak from the block's beginning; elsewhere an earlier peak can hide a smaller one.
     """
     found = Peak()
+    gc.collect()
+    give_back()  # what is free already must not hide what is needed
     with suppress(OSError):
         _CLEAR.write_text("5")  # VmHWM begins anew
     before = _resident("VmRSS")
