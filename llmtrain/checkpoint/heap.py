@@ -1,7 +1,7 @@
 """Memory that was freed, given back to the system.
 
-glibc keeps freed blocks of up to 32 MB for itself, and many a weight is one: after some hundred tensors of several sizes
-the process held half a gigabyte more than it used (measured with a model of 1 GB).
+glibc keeps freed blocks of up to 32 MB for itself, and many a weight is one: after some hundred tensors of several
+sizes the process held half a gigabyte more than it used (measured with a model of 1 GB).
 """
 
 import ctypes
