@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from llmtrain.chat_template import NAMED, needed_tokens, template_text
 from llmtrain.config.base import Config, mistake
 from llmtrain.errors import UserError
+from llmtrain.quiet_transformers import quiet_transformers
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -64,7 +65,10 @@ def load_tokenizer(cfg: TokenizerConfig) -> "PreTrainedTokenizerFast":
     _refuse_missing_folder(cfg.name)
     kwargs = {"trust_remote_code": False, **cfg.kwargs, "use_fast": True}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(cfg.name, **kwargs)
+        with (
+            quiet_transformers()
+        ):  # of a model's folder it reads the config, too, and wonders at types it does not know
+            tokenizer = AutoTokenizer.from_pretrained(cfg.name, **kwargs)
     except (OSError, ValueError, ImportError, KeyError, TypeError) as problem:
         if "trust_remote_code" in str(problem):
             raise UserError(
@@ -104,15 +108,17 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    if config.get("tokenizer_class") == "TokenizersBackend":
+    if config.get("tokenizer_class") not in ("TokenizersBackend", "PreTrainedTokenizerFast"):
+        return
+    if config["tokenizer_class"] == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
         for key in ("backend", "is_local", "local_files_only"):  # how it was opened here
             config.pop(key, None)
-        # Version 4's class gives token_type_ids otherwise, which `generate` of decoders refuses.
-        config.setdefault("model_input_names", ["input_ids", "attention_mask"])
-        temporary = path.with_name(f".{path.name}.writing")
-        temporary.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        temporary.replace(path)
+    # Version 4's class gives token_type_ids otherwise, which `generate` of decoders refuses.
+    config.setdefault("model_input_names", ["input_ids", "attention_mask"])
+    temporary = path.with_name(f".{path.name}.writing")
+    temporary.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
 
 
 def tokenizer_size(cfg: TokenizerConfig, *, chat: bool = False) -> int:

@@ -61,6 +61,7 @@ class ExportReport:
     """The target held this very export already; nothing was written."""
 
     def __str__(self) -> str:
+        by = "transformers with trust_remote_code=True" if self.layout == "code" else "plain transformers"
         lines = [
             f"{self.target} is the export of {self.source} already; nothing to do"
             if self.done_before
@@ -68,7 +69,7 @@ class ExportReport:
             f"  {self.parameters:,} parameters in {self.dtype}, {self.size / 1e6:,.1f} MB"
             + ("" if self.tokenizer else "; WITHOUT a tokenizer: none is known for this checkpoint"),
             *([f"  {self.reason}"] if self.reason else []),
-            f"  opened by {'PEFT on the base model' if self.adapters else 'plain transformers: all tensors equal'}, "
+            f"  opened by {'PEFT on the base model' if self.adapters else by + ': all tensors equal'}, "
             f"logits within {self.max_difference:.1e} "
             f"(allowed: {self.tolerance:.1e}) at {self.positions} positions, {self.tokens} greedy tokens equal",
         ]
