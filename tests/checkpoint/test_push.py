@@ -158,6 +158,7 @@ class TestHub:
         with fake_hub() as hub:
             for key, value in hub.environment.items():
                 monkeypatch.setenv(key, value)
+            monkeypatch.setattr(constants, "ENDPOINT", hub.url)  # read when huggingface_hub was imported
             yield hub
 
     def test_one_commit_after_failures(self, export: Path, hub: FakeHub) -> None:
