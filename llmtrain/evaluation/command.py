@@ -22,10 +22,11 @@ from llmtrain.evaluation.evaluate import TOKENS_IN_A_BATCH
 from llmtrain.evaluation.losses import Losses
 from llmtrain.evaluation.plan import Arguments, Plan, make_plan, own_data
 from llmtrain.evaluation.ranks import Ranks
+from llmtrain.evaluation.recipe import is_eval_recipe, load_eval_recipe
 from llmtrain.evaluation.report import Evaluated, print_results, write_results
 from llmtrain.evaluation.results import TaskResults, merged
 from llmtrain.evaluation.sharded import load_model
-from llmtrain.evaluation.source import Place
+from llmtrain.evaluation.source import RECIPES, Place
 from llmtrain.hf_model.model import HFCausalLM
 from llmtrain.model.mpt import MPT
 
@@ -76,7 +77,9 @@ def eval_command(
     Raises:
         UserError: a recipe, the model, the data, a task or a length is not usable.
     """
-    ranks = processes.start(device)
+    is_recipe = source.suffix in RECIPES and is_eval_recipe(source)
+    timeout = load_eval_recipe(source, overrides).dist_timeout if is_recipe else processes.TIMEOUT
+    ranks = processes.start(device, timeout)
     if not ranks.is_first:
         console = Console(quiet=True)
     console = console or Console()
