@@ -286,18 +286,22 @@ class TestResuming:
         with pytest.raises(UserError, match="is the file with the prompts"):
             self.run(exported, source, source)
 
+    def command(self, exported: Path, source: Path, target: Path) -> list[str]:
+        """`run`, as a process of its own."""
+        code = (
+            "from pathlib import Path; from llmtrain.generation.command import generate_command\n"
+            f"generate_command(Path({str(exported)!r}), prompts_file=Path({str(source)!r}), max_new_tokens=4,"
+            f" temperature=1.1, batch_size=2, seed=4, output=Path({str(target)!r}))"
+        )
+        return [sys.executable, "-c", code]
+
     def test_killed_in_the_middle(self, exported: Path, tmp_path: Path) -> None:
         """Greedy and sampled lines."""
         source = many(tmp_path / "in.jsonl", 200)
         whole = self.run(exported, source, tmp_path / "whole.jsonl")
         target = tmp_path / "out.jsonl"
         partial = tmp_path / "out.jsonl.partial"
-        code = (
-            "from pathlib import Path; from llmtrain.generation.command import generate_command\n"
-            f"generate_command(Path({str(exported)!r}), prompts_file=Path({str(source)!r}), max_new_tokens=4,"
-            f" temperature=1.1, batch_size=2, seed=4, output=Path({str(target)!r}))"
-        )
-        child = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+        child = subprocess.Popen(self.command(exported, source, target), stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 300
         while not (partial.exists() and partial.stat().st_size > 3000) and time.monotonic() < deadline:
             assert child.poll() is None, "it ended before it was killed"
@@ -307,3 +311,23 @@ class TestResuming:
         assert not target.exists()
         assert 0 < len(partial.read_bytes()) < len(whole)
         assert self.run(exported, source, target) == whole
+
+    @pytest.mark.slow
+    @pytest.mark.long
+    def test_killed_again_and_again(self, exported: Path, tmp_path: Path) -> None:
+        """Each time a little later, until it gets through."""
+        source = many(tmp_path / "in.jsonl", 400)
+        whole = self.run(exported, source, tmp_path / "whole.jsonl")
+        target, partial = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
+        kills = 0
+        while not target.exists():
+            more = (partial.stat().st_size if partial.exists() else 0) + len(whole) // 4 + 17
+            child = subprocess.Popen(self.command(exported, source, target), stderr=subprocess.DEVNULL)
+            while child.poll() is None and not (partial.exists() and partial.stat().st_size > more):
+                time.sleep(0.002)
+            if child.poll() is None:
+                os.kill(child.pid, signal.SIGKILL)
+                kills += 1
+            assert child.wait() in (0, -signal.SIGKILL)
+        assert kills >= 2
+        assert target.read_bytes() == whole
