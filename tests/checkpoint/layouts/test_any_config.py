@@ -94,7 +94,7 @@ def exported_exactly(config: MPTConfig) -> None:
 SETTINGS = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 
 
-@settings(max_examples=15, derandomize=True, **SETTINGS)
+@settings(max_examples=8, derandomize=True, **SETTINGS)
 @given(configs())
 def test_any_config_is_exported_exactly(config: MPTConfig) -> None:
     exported_exactly(config)
