@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import llmtrain
 from llmtrain.checkpoint.export_process import Answer, Request, read_answer
 from llmtrain.checkpoint.snapshot import Snapshot
 from llmtrain.cores import available_cores
@@ -54,6 +55,9 @@ class BackgroundExport:
         environment = {key: value for key, value in os.environ.items() if not key.startswith(_OF_A_LAUNCH)}
         # The GPUs are the training's; and OpenMP's idle threads would spin beside it.
         environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false"}
+        # The same llmtrain as here, also where it was found beside the script that was started, and not installed.
+        package = str(Path(llmtrain.__file__).parents[1])
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (package, environment.get("PYTHONPATH"))))
         with (self._folder / "log").open("wb") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "llmtrain.checkpoint.export_process", str(self._folder / "request.json")],
