@@ -1,9 +1,10 @@
 """``llmtrain export``: a training checkpoint becomes a Hugging Face folder, proven equal before it appears."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import xxhash
 from rich.console import Console
@@ -11,22 +12,21 @@ from rich.console import Console
 from llmtrain.checkpoint import manifest
 from llmtrain.checkpoint.cast import DTYPES, Cast
 from llmtrain.checkpoint.compare import compare_with_transformers
+from llmtrain.checkpoint.exported_files import RECORD, refuse_others_files
 from llmtrain.checkpoint.hugging_face import MAX_SHARD_SIZE, is_hugging_face_folder, write_hf_folder
 from llmtrain.checkpoint.layouts import Layout, choose_layout
 from llmtrain.checkpoint.model_card import CARD, CardFacts, model_card
 from llmtrain.checkpoint.read import recipe_of
 from llmtrain.checkpoint.resolve import locate
 from llmtrain.checkpoint.source import Source, open_source
-from llmtrain.checkpoint.staging import move_into_place, staging
+from llmtrain.checkpoint.staging import move_into_place, refuse_place, staging
 from llmtrain.checkpoint.tokenizer_files import tokenizer_folder
 from llmtrain.checkpoint.weights_files import WeightsFormat, size_in_bytes
 from llmtrain.errors import UserError
 from llmtrain.hf_model.export import Written, write_adapters, write_merged
-from llmtrain.hf_model.source import open_hf
+from llmtrain.hf_model.source import HFSource, open_hf
 from llmtrain.progress import progress
 
-RECORD = "llmtrain_export.json"
-"""Beside the weights: which checkpoint they are, and how that was proven."""
 _SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -119,9 +119,18 @@ def export(
         raise UserError(f"--dtype {dtype}: use one of {', '.join(DTYPES)}.")
     if weights_format not in get_args(WeightsFormat):
         raise UserError(f"--weights-format {weights_format}: use one of {', '.join(get_args(WeightsFormat))}.")
-    size_in_bytes(max_shard_size)
-    if (before := _done_before(source, target, name, adapter_only, weights_format)) is not None:
+    options = {
+        "dtype": name,
+        "adapters": adapter_only,
+        "weights_format": weights_format,
+        "with_code": with_code,
+        "max_shard_size": size_in_bytes(max_shard_size),
+        "license": license,
+        "recipe": None if recipe is None or not recipe.is_file() else xxhash.xxh3_128(recipe.read_bytes()).hexdigest(),
+    }
+    if (before := _done_before(source, target, options)) is not None:
         return before
+    refuse_place(target)
     _refuse_taken(target, overwrite)
     hugging_face = open_hf(source, recipe)
     if hugging_face is None and adapter_only:
@@ -129,6 +138,7 @@ def export(
     if hugging_face is not None and weights_format != "safetensors":
         raise UserError(f"{source}: --weights-format {weights_format} is for MPT; other models get safetensors.")
     opened = hugging_face or open_source(source, recipe)
+    _refuse_itself(opened, target)
     layout: Layout | None = None
     need = 0
     if isinstance(opened, Source):
@@ -185,7 +195,7 @@ def export(
             layout=layout.name if layout is not None else None,
             reason=layout.reason if layout is not None else None,
         )
-        _record(report, out)
+        _record(report, out, options)
         move_into_place(out, target, folder / "old")
     return report
 
@@ -223,25 +233,45 @@ def _checksum(checkpoint: Path) -> str | None:
     return xxhash.xxh3_128(file.read_bytes()).hexdigest() if file.is_file() else None
 
 
-def _record(report: ExportReport, folder: Path) -> None:
+def _record(report: ExportReport, folder: Path, options: Mapping[str, Any]) -> None:
     content = {field.name: getattr(report, field.name) for field in fields(report) if field.name != "done_before"}
     content |= {"source": str(report.source), "target": str(report.target), "checksum": _checksum(report.source)}
+    content |= {"options": options, "files": _sizes(folder)}
     (folder / RECORD).write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _done_before(source: Path, target: Path, dtype: str, adapters: bool, weights_format: str) -> ExportReport | None:
-    """The report of an earlier export of the same checkpoint in the same dtype, when the target holds it."""
+def _recorded(folder: Path) -> dict[str, Any]:
     try:
-        content = json.loads((target / RECORD).read_text())
-        checksum = content.pop("checksum")
-        kind = (content["dtype"], content.get("adapters", False), content.get("weights_format", "safetensors"))
-        if checksum is None or kind != (dtype, adapters, weights_format):
+        content = json.loads((folder / RECORD).read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {file.name: file.stat().st_size for file in sorted(folder.iterdir()) if file.name != RECORD}
+
+
+def _done_before(source: Path, target: Path, options: Mapping[str, Any]) -> ExportReport | None:
+    """The report of an earlier export of the same checkpoint with the same options, when the target holds all of it."""
+    content = _recorded(target)
+    checksum = content.pop("checksum", None)
+    try:
+        if checksum is None or content.pop("options") != options or content.pop("files") != _sizes(target):
             return None
         if checksum != _checksum(locate(source)):
             return None
         return ExportReport(**{**content, "source": Path(content["source"]), "target": target}, done_before=True)
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _refuse_itself(opened: Source | HFSource, target: Path) -> None:
+    """The target is replaced, so it must not be what is exported, nor what adapters were trained on."""
+    base = None if isinstance(opened, Source) else opened.config.pretrained_model_name_or_path
+    for place in (opened.path, *([Path(base).expanduser()] if base else [])):
+        if target.exists() and place.exists() and place.resolve().is_relative_to(target.resolve()):
+            raise UserError(f"{target}: is or holds what is exported ({place}); give another folder.")
 
 
 def _refuse_taken(target: Path, overwrite: bool) -> None:
@@ -251,8 +281,7 @@ def _refuse_taken(target: Path, overwrite: bool) -> None:
         )
     if not target.is_dir() or not any(target.iterdir()):
         return
-    if not is_hugging_face_folder(target) and not (target / "adapter_config.json").is_file():
-        raise UserError(f"{target}: holds other files and is no earlier export; give a folder that does not exist.")
+    refuse_others_files(target, recorded=_recorded(target).get("files", {}))
     if not overwrite:
         raise UserError(
             f"{target}: there is an export already; pass --overwrite to replace it, or give another folder."

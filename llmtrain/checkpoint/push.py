@@ -11,6 +11,8 @@ from pathlib import Path
 from rich.console import Console
 
 from llmtrain.checkpoint import manifest
+from llmtrain.checkpoint.exported_files import CONFIGS, of_an_export, refuse_others_files
+from llmtrain.checkpoint.staging import refuse_place
 from llmtrain.data.shards import without_password
 from llmtrain.errors import UserError
 from llmtrain.prep.stores.open import open_store
@@ -26,7 +28,8 @@ _LAST = (
     "config.json",
 )
 """What readers look for first, in the order in which it is written, after all other files."""
-_WEIGHTS = (".safetensors", ".bin")
+_TRIALS = 3
+"""Attempts of :func:`reach`: other ranks wait for it."""
 _PART = 8 * 1024 * 1024  # boto3's, of uploads in parts
 
 
@@ -61,12 +64,14 @@ def push(folder: Path, destination: str, *, overwrite: bool = True, private: boo
         UserError: it is no export, the destination cannot be used, or what arrived is not what was sent.
     """
     files = files_of(folder)
+    if not destination.strip():
+        raise UserError("Pushing needs a destination: a folder, s3://BUCKET/PATH, hf://USER/REPOSITORY, ...")
     if destination.startswith("hf://"):
         from llmtrain.checkpoint.push_hub import push_to_hub
 
         return push_to_hub(folder, files, destination, private=private)
     if "://" in destination:
-        return _to_store(folder, files, destination.rstrip("/"), overwrite=overwrite)
+        return _to_store(folder, files, destination, overwrite=overwrite)
     return _to_folder(folder, files, Path(destination), overwrite=overwrite)
 
 
@@ -76,7 +81,7 @@ def files_of(folder: Path) -> list[str]:
     Raises:
         UserError: it is no export.
     """
-    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+    if not any((folder / name).is_file() for name in CONFIGS):
         raise UserError(f"{folder}: is no export (no config.json). Make one: llmtrain export RUN {folder}")
     names = sorted(
         str(path.relative_to(folder))
@@ -91,9 +96,10 @@ def _to_folder(folder: Path, files: list[str], target: Path, *, overwrite: bool)
         raise UserError(f"{target}: is the export itself; give another place.")
     if target.exists() and not target.is_dir():
         raise UserError(f"{target}: is a file; give a folder.")
+    refuse_place(target)
     taken = target.is_dir() and any(target.iterdir())
-    if taken and not any((target / name).is_file() for name in ("config.json", "adapter_config.json")):
-        raise UserError(f"{target}: holds other files and is no export; give a folder that does not exist.")
+    if taken:
+        refuse_others_files(target, recorded=files)
     size = sum((folder / name).stat().st_size for name in files)
     if taken and _equal(folder, files, target):
         return Pushed(str(target), len(files), size, "which are there already, with the same hashes")
@@ -134,17 +140,20 @@ def _equal(folder: Path, files: list[str], target: Path) -> bool:
 
 
 def _to_store(folder: Path, files: list[str], url: str, *, overwrite: bool) -> Pushed:
-    store, _, path = open_store(url + "/")
+    scheme, _, place = url.partition("://")
+    url = f"{scheme}://{place.strip('/')}"
+    store, _, path = open_store(url + "/" if place else url)
     shown = without_password(url)
     there = _listed(store, path, shown)
     sizes = {name: (folder / name).stat().st_size for name in files}
     same = {name for name in files if name in there and _same(folder / name, there[name])}
-    if there.keys() & set(_LAST) and not overwrite and len(same) < len(files):
+    old = [name for name in there if of_an_export(name) and name not in sizes]
+    if not overwrite and (old or (there.keys() & set(_LAST) and len(same) < len(files))):
         raise _taken(shown)
-    # What opens an export goes first and comes last; then weights that are no part of this one.
+    # What opens an export goes first and comes last; then what is left of another one, and would be read with this one.
     for name in [name for name in reversed(_LAST) if name in there and name not in same]:
         _remove(store, path + name, shown)
-    for name in [name for name in there if name.endswith(_WEIGHTS) and "/" not in name and name not in sizes]:
+    for name in [name for name in old if name not in _LAST]:
         _remove(store, path + name, shown)
     with progress(Console(stderr=True), f"pushing to {shown}", sum(sizes.values()), "bytes") as advance:
         for name in files:
@@ -235,8 +244,8 @@ def reach(destination: str) -> str:
     shown = without_password(destination)
     store, _, path = open_store(destination.rstrip("/") + "/")
     try:
-        persistently(lambda: store.put(path + name, b"x"), f"writing to {shown}")
-        persistently(lambda: store.remove(path + name), f"removing from {shown}")
+        persistently(lambda: store.put(path + name, b"x"), f"writing to {shown}", most=_TRIALS)
+        persistently(lambda: store.remove(path + name), f"removing from {shown}", most=_TRIALS)
     except FileNotFoundError as problem:
         raise UserError(f"{shown}: there is no such bucket or folder ({problem})") from None
     return f"{shown}: can be written"

@@ -5,10 +5,10 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from llmtrain.checkpoint.exported_files import of_an_export
 from llmtrain.checkpoint.push import Pushed
 from llmtrain.config.secrets import MASK
 from llmtrain.errors import UserError
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _NAME = re.compile(r"hf://([\w.-]+/[\w.-]+)/?")
-_OLD_WEIGHTS = ["*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json"]
 _TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 _AGAIN = {408, 425, 429}
 
@@ -47,7 +46,7 @@ def push_to_hub(folder: Path, files: list[str], destination: str, *, private: bo
 
     attempt("making", lambda: api.create_repo(name, private=private, exist_ok=True))
     before: dict[str, Any] = attempt("listing", lambda: _listed(api, name, "main"))
-    old = [path for path in before if path not in files and any(fnmatch(path, one) for one in _OLD_WEIGHTS)]
+    old = [path for path in before if path not in files and of_an_export(path)]
     # Not `upload_folder`: since huggingface_hub 2 it may make several commits.
     commit: Any = attempt(
         "uploading to",

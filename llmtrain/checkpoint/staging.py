@@ -10,6 +10,22 @@ from pathlib import Path
 from llmtrain.errors import UserError
 
 
+def refuse_place(target: Path) -> None:
+    """What is made for a folder is renamed to it, which some places do not allow: better said before the work.
+
+    Raises:
+        UserError: it is the folder that we are in (or a parent of it), or a mount point.
+    """
+    if not target.is_dir():
+        return
+    if Path.cwd().is_relative_to(target.resolve()):
+        raise UserError(f"{target}: is the folder that you are in, or above it; give one below it.")
+    if target.is_mount():
+        raise UserError(
+            f"{target}: is a mount point, which cannot be replaced; give a folder in it: {target / 'export'}"
+        )
+
+
 @contextmanager
 def staging(target: Path, doing: str, size: int = 0) -> Iterator[Path]:
     """A hidden folder beside the target, gone at the end whatever happens.
@@ -52,7 +68,7 @@ def move_into_place(made: Path, target: Path, old: Path) -> None:
         target.rename(old)
     try:
         made.rename(target)
-    except OSError:
+    except BaseException:  # SIGTERM and Ctrl-C, too: what was there must not go with the hidden folder
         if old.exists() and not target.exists():
             old.rename(target)
         raise

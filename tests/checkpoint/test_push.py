@@ -10,6 +10,7 @@ import pytest
 from llmtrain.checkpoint import push as push_module
 from llmtrain.checkpoint.push import files_of, push, reach
 from llmtrain.errors import UserError
+from llmtrain.prep.stores import open as opening
 from llmtrain.prep.stores import retry
 from llmtrain.testing.hub import TOKEN, FakeHub, fake_hub
 from llmtrain.testing.remote import CuttingProxy
@@ -70,6 +71,11 @@ class TestFolder:
             push(export, str(tmp_path / "file" / "below"))
         with pytest.raises(UserError, match="is no export"):
             push(tmp_path / "thesis", str(tmp_path / "x"))
+        push(export, str(tmp_path / "y"))
+        (tmp_path / "y" / "thesis.txt").write_text("x")
+        (export / "config.json").write_text("{}")
+        with pytest.raises(UserError, match=r"holds thesis\.txt, which no export has written"):
+            push(export, str(tmp_path / "y"))
 
 
 class TestS3:
@@ -81,8 +87,6 @@ class TestS3:
         for key, value in keys.items():
             monkeypatch.setenv(key, value)
         monkeypatch.setenv("S3_ENDPOINT_URL", s3)
-        from llmtrain.prep.stores import open as opening
-
         monkeypatch.setattr(opening, "_opened", {})
         name = f"bucket-{abs(hash(request.node.name))}"
         Session().client("s3", endpoint_url=s3).create_bucket(Bucket=name)
@@ -131,6 +135,24 @@ class TestS3:
         assert "config.json" not in self.stored(s3, bucket, "m/")
         push(export, url)
         assert self.stored(s3, bucket, "m/") == content(export)
+
+    def test_files_of_others_stay_and_those_of_an_earlier_export_go(self, export: Path, s3: str, bucket: str) -> None:
+        others = {"lora.safetensors": b"theirs", "data.bin": b"theirs", "notes.txt": b"theirs"}
+        for name, text in others.items():
+            opening.open_store(f"s3://{bucket}/")[0].put(f"m/{name}", text)
+        push(export, f"s3://{bucket}/m", overwrite=False)
+        assert self.stored(s3, bucket, "m/") == content(export) | others
+        (export / "chat_template.jinja").write_text("of the earlier one")
+        push(export, f"s3://{bucket}/m")
+        (export / "chat_template.jinja").unlink()
+        with pytest.raises(UserError, match="--overwrite"):
+            push(export, f"s3://{bucket}/m", overwrite=False)
+        push(export, f"s3://{bucket}/m")
+        assert self.stored(s3, bucket, "m/") == content(export) | others
+        with pytest.raises(UserError, match="s3://: expected s3://PLACE/PATH"):
+            push(export, "s3://")
+        with pytest.raises(UserError, match="needs a destination"):
+            push(export, " ")
 
     def test_what_is_there_already_is_not_sent_again(
         self, export: Path, bucket: str, monkeypatch: pytest.MonkeyPatch

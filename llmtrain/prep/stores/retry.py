@@ -22,18 +22,19 @@ def attempts() -> int:
     return max(1, int(os.environ.get("LLMTRAIN_STORAGE_ATTEMPTS", "10")))
 
 
-def persistently(action: Callable[[], Result], doing: str) -> Result:
+def persistently(action: Callable[[], Result], doing: str, *, most: int | None = None) -> Result:
     """Carry something out, and again after a growing pause where the storage fails.
 
     Args:
         action: raises as the methods of `Store` do.
         doing: for messages: "reading s3://bucket/x".
+        most: attempts in all, where they are to be fewer than usual.
 
     Raises:
         FileNotFoundError: there is no such file.
         UserError: it failed too often, or for a reason that stays.
     """
-    most = attempts()
+    most = min(attempts(), most) if most is not None else attempts()
     for attempt in range(1, most + 1):
         try:
             return action()
