@@ -25,11 +25,11 @@ Get = Callable[[str], Path | None]
 """Fetches one file by name: its local path, or None where there is no such file."""
 
 WEIGHTS = (
-    # The index first: a folder with one holds no single file. Safetensors first: the same numbers, nothing to unpickle.
-    "model.safetensors.index.json",
+    # In the order of transformers: where several are there, all of them read the same. Nothing to unpickle comes first.
     "model.safetensors",
-    "pytorch_model.bin.index.json",
+    "model.safetensors.index.json",
     "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
 )
 # Everything else that may lie in a tokenizer's folder (code above all) stays there.
 TOKENIZER_FILES = (
@@ -160,7 +160,7 @@ def _hugging_face_folder(get: Get, source: str) -> Path:
         get(name)
     first = next(filter(None, map(get, WEIGHTS)), None)
     if first is None:
-        raise UserError(f"model.pretrained: {source} has no weights ({WEIGHTS[1]} or {WEIGHTS[3]}, or their index).")
+        raise UserError(f"model.pretrained: {source} has no weights ({WEIGHTS[0]} or {WEIGHTS[2]}, or their index).")
     if first.suffix == ".json":
         names = _named_in(first)
         with ThreadPoolExecutor(4) as pool:

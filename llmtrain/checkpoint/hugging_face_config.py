@@ -157,6 +157,8 @@ def from_hugging_face(data: dict[str, Any], where: str) -> MPTConfig:
     from llmtrain.checkpoint.layouts.reading import MODEL_TYPES, mpt_block
 
     architectures = data.get("architectures") or []
+    if not isinstance(architectures, list) or not isinstance(data.get("attn_config") or {}, dict):
+        raise UserError(f"{where}: expected a list in `architectures` and a mapping in `attn_config`.")
     if data.get("model_type") in MODEL_TYPES:
         return _validated(mpt_block(data, where), where)
     if data.get("model_type") != "mpt":
@@ -171,6 +173,7 @@ def from_hugging_face(data: dict[str, Any], where: str) -> MPTConfig:
         # A sub-config of transformers carries keys of its base class, too.
         attention = _NATIVE_ATTENTION | {k: v for k, v in attention.items() if k in AttentionConfig.model_fields}
         block = _NATIVE_DEFAULTS | block
+        block.pop("norm_eps", None)  # not a key of transformers'
     if "norm_eps" not in block and "layer_norm_epsilon" in data:
         block["norm_eps"] = data["layer_norm_epsilon"]
     config = _validated({**block, "attn_config": attention}, where)

@@ -178,7 +178,7 @@ def _how(facts: CardFacts, layout: Described | None, *, with_code: bool, base: s
         )
     lines = [opening[0], "", 'place = "."  # this folder, or the name of its repository', opening[1]]
     if facts.tokenizer and not facts.adapters:
-        lines.append("tokenizer = AutoTokenizer.from_pretrained(place)")
+        lines.append(f"tokenizer = AutoTokenizer.from_pretrained(place{option})")
     text = "```python\n" + "\n".join(lines) + "\n```\n"
     if with_code and layout is not None:
         text += f"\nIt needs `trust_remote_code=True`, which runs the Python file beside the weights: {layout.reason}\n"

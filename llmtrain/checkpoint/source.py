@@ -57,7 +57,8 @@ def tokenizer_of(checkpoint: Path, recipe: Path | None) -> TokenizerConfig | Non
     """The tokenizer of a checkpoint: its own folder, the run's, else what its recipe names; None when nothing says so.
 
     Raises:
-        UserError: the run's tokenizer is not the one that the checkpoint was trained with.
+        UserError: the run's tokenizer is not the one that the checkpoint was trained with, or the checkpoint's recipe
+            asks for code to be run.
     """
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
     # In the checkpoint's own folder: of an import, which belongs to no run.
@@ -70,10 +71,16 @@ def tokenizer_of(checkpoint: Path, recipe: Path | None) -> TokenizerConfig | Non
         return found
     block = (recipe_of(checkpoint, recipe) or {}).get("tokenizer")
     try:
-        return TokenizerConfig.model_validate(block) if isinstance(block, dict) else None
+        named = TokenizerConfig.model_validate(block) if isinstance(block, dict) else None
     except ValidationError:
         log.warning("%s: the tokenizer in its recipe is not usable: %s", checkpoint, block)
         return None
+    if named is not None and recipe is None and named.kwargs.get("trust_remote_code"):
+        raise UserError(
+            f"{checkpoint}: the recipe that came with it wants the tokenizer {named.name!r} opened with its own Python "
+            "code. If you have read that code and trust it, pass a recipe that says so: --recipe x.yaml"
+        )
+    return named
 
 
 def _check_fingerprint(folder: Path, found: TokenizerConfig) -> None:

@@ -1,5 +1,6 @@
 """The tokenizer that belongs to weights, as the files of a folder."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Literal
@@ -41,6 +42,7 @@ def copy_tokenizer(source: Path, target: Path, vocab_size: int) -> dict[str, int
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
+    _without_code(target / "tokenizer_config.json")
     ids: dict[str, int | None] = {}
     kinds: tuple[Literal["bos", "eos", "pad"], ...] = ("bos", "eos", "pad")
     for which in kinds:
@@ -49,3 +51,23 @@ def copy_tokenizer(source: Path, target: Path, vocab_size: int) -> dict[str, int
     if ids["pad_token_id"] is None:
         ids["pad_token_id"] = ids["eos_token_id"]
     return ids
+
+
+def _without_code(file: Path) -> None:
+    """Names a class that every version of transformers has, where the file names version 5's or one that is code.
+
+    The tokenizer itself is tokenizer.json. Code is not copied, so naming it would keep the tokenizer from opening.
+    """
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    if not isinstance(config, dict) or not (
+        config.get("tokenizer_class") == "TokenizersBackend" or "auto_map" in config
+    ):
+        return
+    for key in ("auto_map", "backend", "is_local", "local_files_only"):
+        config.pop(key, None)
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    config.setdefault("model_input_names", ["input_ids", "attention_mask"])
+    file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

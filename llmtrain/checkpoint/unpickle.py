@@ -98,9 +98,12 @@ def refuse_code(folder: Path) -> None:
     Raises:
         UserError: a file names a global outside of the list of :func:`load_full` (file and global are named).
     """
-    if any(folder.glob("*.safetensors")):
-        return
-    for path in sorted((*folder.glob("pytorch_model*.bin"), *folder.glob("adapter_model*.bin"))):
+    found: list[Path] = []
+    for stem in ("model", "adapter_model"):
+        names = (f"{stem}.safetensors", f"{stem}.safetensors.index.json")
+        if not any((folder / name).is_file() for name in names):
+            found += sorted(folder.glob("pytorch_model*.bin" if stem == "model" else "adapter_model*.bin"))
+    for path in found:
         unsafe: list[str] = []
         # Older formats and damaged files are left to weights_only.
         with contextlib.suppress(Exception), torch.serialization.safe_globals(_full_checkpoint_globals()):

@@ -39,6 +39,8 @@ def _weight_files(folder: Path) -> tuple[list[Path], set[str] | None]:
         ("model.safetensors", "model.safetensors.index.json"),
         ("pytorch_model.bin", "pytorch_model.bin.index.json"),
     ):
+        if (folder / single).is_file():  # first, as transformers does: the index beside it is left of an earlier save
+            return [folder / single], None
         if (folder / index).is_file():
             weight_map = _read_index(folder / index).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
@@ -50,8 +52,6 @@ def _weight_files(folder: Path) -> tuple[list[Path], set[str] | None]:
                 if not (folder / name).is_file():
                     raise UserError(f"{folder / name}: missing, but named in {index}.")
             return [folder / name for name in names], set(weight_map)
-        if (folder / single).is_file():
-            return [folder / single], None
     raise UserError(f"{folder}: no weights (model.safetensors or pytorch_model.bin, with or without an index).")
 
 
