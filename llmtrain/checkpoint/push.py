@@ -148,22 +148,26 @@ def _to_store(folder: Path, files: list[str], url: str, *, overwrite: bool) -> P
     sizes = {name: (folder / name).stat().st_size for name in files}
     same = {name for name in files if name in there and _same(folder / name, there[name])}
     old = [name for name in there if of_an_export(name) and name not in sizes]
-    if not overwrite and (old or (there.keys() & set(_LAST) and len(same) < len(files))):
+    in_the_way = old + [name for name in files if name in there and name not in same]
+    if not overwrite and in_the_way:
+        if not there.keys() & set(_LAST):
+            raise UserError(f"{shown}: holds {', '.join(in_the_way[:4])} already; pass --overwrite to replace them.")
         raise _taken(shown)
     # What opens an export goes first and comes last; then what is left of another one, and would be read with this one.
     for name in [name for name in reversed(_LAST) if name in there and name not in same]:
         _remove(store, path + name, shown)
     for name in [name for name in old if name not in _LAST]:
         _remove(store, path + name, shown)
+    sent = set(files) - same
     with progress(Console(stderr=True), f"pushing to {shown}", sum(sizes.values()), "bytes") as advance:
         for name in files:
-            if name not in same:
+            if name in sent:
                 _put(store, path + name, folder / name, f"writing {shown}/{name}")
             advance(sizes[name])
-    problems, hashed = _arrived(folder, files, _listed(store, path, shown))
+    problems, hashed = _arrived(folder, files, sent, _listed(store, path, shown))
     if problems:
         raise UserError(f"{shown}: did not arrive as it was sent: {'; '.join(problems[:4])}")
-    checked = "each file's size and hash compared" if hashed else "each file's size compared (the storage has no MD5)"
+    checked = "each file's size and hash compared" if hashed else "each file's size compared (not all MD5s are known)"
     return Pushed(shown, len(files), sum(sizes.values()), checked)
 
 
@@ -191,18 +195,30 @@ def _listed(store: Store, path: str, shown: str) -> dict[str, StoredFile]:
     return {file.path.removeprefix(path): file for file in found}
 
 
-def _arrived(folder: Path, files: list[str], there: dict[str, StoredFile]) -> tuple[list[str], bool]:
-    """What is missing or differs, and whether hashes could be compared."""
-    problems, hashed = [], True
+def _arrived(folder: Path, files: list[str], sent: set[str], there: dict[str, StoredFile]) -> tuple[list[str], bool]:
+    """What is missing or differs, and whether hashes could be compared.
+
+    What looks like an MD5 is none where a bucket encrypts with keys of its own: then it fits no file that was sent.
+    """
+    problems, same, other = [], [], []
     for name in files:
         size = (folder / name).stat().st_size
         if name not in there:
             problems.append(f"{name} is not there")
         elif there[name].size != size:
             problems.append(f"{name} has {there[name].size:,} bytes instead of {size:,}")
+        elif _same(folder / name, there[name]):
+            same.append(name)
         else:
-            hashed &= _same(folder / name, there[name])
-    return problems, hashed
+            other.append(name)
+    if any(name in sent for name in same):
+        problems += [f"{name} has another hash" for name in other if _is_md5(there[name])]
+    return problems, not other
+
+
+def _is_md5(stored: StoredFile) -> bool:
+    """Whether a file's version looks like the MD5 of its content."""
+    return len(stored.version.strip('"')) == 32
 
 
 def _same(file: Path, stored: StoredFile) -> bool:

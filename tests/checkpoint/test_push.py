@@ -154,6 +154,30 @@ class TestS3:
         with pytest.raises(UserError, match="needs a destination"):
             push(export, " ")
 
+    def test_nothing_is_replaced_unasked_where_no_export_stands(self, export: Path, s3: str, bucket: str) -> None:
+        others = {"README.md": b"of a data set", "model-00001-of-00007.safetensors": b"theirs"}
+        for name, text in others.items():
+            opening.open_store(f"s3://{bucket}/")[0].put(f"m/{name}", text)
+        with pytest.raises(UserError, match=r"holds model-00001-of-00007\.safetensors, README\.md already"):
+            push(export, f"s3://{bucket}/m", overwrite=False)
+        assert self.stored(s3, bucket, "m/") == others
+
+    def test_what_arrives_is_compared(self, export: Path, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        real = push_module._put
+
+        def spoils_one(store, path, file, doing):  # type: ignore[no-untyped-def]
+            if path.endswith("tokenizer.json"):
+                store.put(path, bytes(file.stat().st_size))
+            else:
+                real(store, path, file, doing)
+
+        monkeypatch.setattr(push_module, "_put", spoils_one)
+        with pytest.raises(UserError, match=r"did not arrive as it was sent: tokenizer\.json has another hash"):
+            push(export, f"s3://{bucket}/m")
+        # Where a bucket encrypts with keys of its own, no tag is an MD5.
+        monkeypatch.setattr(push_module, "_same", lambda file, stored: False)
+        assert "not all MD5s are known" in str(push(export, f"s3://{bucket}/m"))
+
     def test_what_is_there_already_is_not_sent_again(
         self, export: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
