@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ class BackgroundExport:
     """
 
     def __init__(self) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="export-"))
+        self._made: Path | None = None
+        self._given_up: str | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self.target = Path()
         self.waited = 0.0
@@ -86,6 +88,8 @@ class BackgroundExport:
         """How it went; once it has ended. Cleans up."""
         assert self._process is not None
         found = read_answer(self._answer)
+        if self._given_up is not None:
+            found = Answer(self._given_up)
         if found is None:
             tail = (self._folder / "log").read_text(errors="replace").strip().splitlines()[-5:]
             code = self._process.returncode
@@ -96,6 +100,10 @@ class BackgroundExport:
 
     def stop(self) -> None:
         """Ends the process and removes what it leaves; an export that is in its place already stays there."""
+        self._end()
+        self._clean()
+
+    def _end(self) -> None:
         if self._process is not None and self._process.poll() is None:
             self._process.terminate()
             try:
@@ -103,14 +111,26 @@ class BackgroundExport:
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
-        self._clean()
+
+    def give_up(self, why: str) -> None:
+        """Ends the process, which :meth:`answer` then says."""
+        self._given_up = why
+        self._end()
+
+    @property
+    def _folder(self) -> Path:
+        """For the files of this export; made when it is needed (OSError: the disk is full, ...)."""
+        if self._made is None:
+            self._made = Path(tempfile.mkdtemp(prefix="export-"))
+        return self._made
 
     @property
     def _answer(self) -> Path:
         return self._folder / "answer.json"
 
     def _clean(self) -> None:
-        shutil.rmtree(self._folder, ignore_errors=True)
+        if self._made is not None:
+            shutil.rmtree(self._made, ignore_errors=True)
         remove_half_written(self.target)
 
 
@@ -118,4 +138,9 @@ def remove_half_written(target: Path) -> None:
     """Deletes the hidden folders in which an export of this name was being made; nobody may be writing there."""
     if target.name:
         for left in target.parent.glob(f".{target.name}.exporting-*"):
+            if (
+                left / "old"
+            ).is_dir() and not target.exists():  # killed between two renames: it was about to be replaced
+                with suppress(OSError):
+                    (left / "old").rename(target)
             shutil.rmtree(left, ignore_errors=True)

@@ -12,8 +12,11 @@ from torch.distributed.tensor import DTensor
 from llmtrain.checkpoint.snapshot import Snapshot
 from llmtrain.model.config import MPTConfig
 from llmtrain.training.agreement import from_rank_zero
+from llmtrain.training.host_memory import available_memory
 from llmtrain.training.language_model import LanguageModel
 
+_RESERVE = 500_000_000
+"""Bytes that stay free for the training and for the process that exports."""
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -31,13 +34,14 @@ class Gathered:
             self.snapshot.close()
 
 
-def gather(model: Any, dtype: str, folder: Path | None) -> Gathered:
+def gather(model: Any, dtype: str, folder: Path | None, problem: str | None = None) -> Gathered:
     """Copies all weights into a snapshot on rank 0 (a collective call).
 
     Args:
         model: the trainer's, sharded or not.
         dtype: what an MPT's weights are cast to, on the device that they lie on.
         folder: where rank 0 makes the snapshot; None elsewhere.
+        problem: why rank 0 cannot make one; then no rank copies anything.
 
     Returns:
         What rank 0 has; nothing on the other ranks.
@@ -45,12 +49,20 @@ def gather(model: Any, dtype: str, folder: Path | None) -> Gathered:
     state: dict[str, Any] = get_model_state_dict(model)
     # Adapters are merged before they are cast; only an MPT's weights are final.
     wanted = DTYPES[dtype] if _is_mpt(model) else None
-    made = Gathered()
+    made = Gathered(problem=problem)
 
     def allocate() -> str | None:
         if folder is None:
-            return None
+            return made.problem
         shapes = {name: (value.shape, _target_dtype(value, wanted)) for name, value in state.items()}
+        need = sum(shape.numel() * kind.itemsize for shape, kind in shapes.values())
+        # Pages come into being when they are filled; too late then for anything but the end of the training.
+        if (free := available_memory()) is not None and need > free - _RESERVE:
+            made.problem = (
+                f"a copy of the weights takes {need / 1e9:.2f} GB of memory on rank 0, which has {free / 1e9:.2f} GB "
+                "left. Take precision: bfloat16, or give the job more memory."
+            )
+            return made.problem
         try:
             made.snapshot = Snapshot(folder, shapes)
         except (OSError, RuntimeError, MemoryError) as error:

@@ -25,6 +25,8 @@ from llmtrain.training.preemption import Preempted
 from llmtrain.training.resume import StartingPoint
 from llmtrain.training.resume import save_folder as checkpoints_of
 
+PATIENCE = 7200.0
+"""Seconds that a training waits for an export before it goes on without it."""
 _TURN = 5.0
 """Seconds between collectives while all ranks wait for an export: far below `dist_timeout`."""
 
@@ -157,9 +159,14 @@ class HuggingFaceCheckpointer(Callback):  # type: ignore[misc]
         if not going_on:  # a checkpoint of this very step is about to be saved, and the resumed run exports it
             return
         started = time.monotonic()
-        background = BackgroundExport() if dist.get_global_rank() == 0 else None
-        snapshot = background.checkpoint(self.run, f"ep{epoch}-ba{step}") if background is not None else None
-        gathered = gather(state.model, self.precision, snapshot)
+        background, snapshot, problem = None, None, None
+        if dist.get_global_rank() == 0:
+            background = BackgroundExport()
+            try:
+                snapshot = background.checkpoint(self.run, f"ep{epoch}-ba{step}")
+            except OSError as error:  # told with the others' knowledge: they must not wait for this rank
+                problem = f"{name}: no place for its files ({error}); TMPDIR names another"
+        gathered = gather(state.model, self.precision, snapshot, problem)
         self._stall = time.monotonic() - started
         seal = {**self._record, "step": step, "tokens": int(state.timestamp.token)}
         self._start(background, gathered, name, source=str(snapshot), seal=seal)
@@ -187,6 +194,7 @@ class HuggingFaceCheckpointer(Callback):  # type: ignore[misc]
             if gathered is not None:
                 gathered.close()
             self._failed(str(error))
+            self._unfinished = [one for one in self._unfinished if one["name"] != name]
             background.stop()
             self._running = None
 
@@ -215,6 +223,9 @@ class HuggingFaceCheckpointer(Callback):  # type: ignore[misc]
             if not running:
                 self._report()
                 return not stop
+            if self._running is not None and self._running.waited > PATIENCE:
+                # Such as a push over a connection that stands still; the next turn reports it.
+                self._running.give_up(f"{self._running.target}: not done after {PATIENCE / 60:.0f} minutes of waiting")
             if stop:
                 self._stop()
                 return False

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from llmtrain.checkpoint.export import export
+from llmtrain.checkpoint.layouts import choose_layout
 from llmtrain.checkpoint.push import reach
 from llmtrain.checkpoint.snapshot import Snapshot, seal
 from llmtrain.config.durations import parse
@@ -57,6 +58,10 @@ def exercise(recipe: Recipe, tokenizer: Path | None = None) -> list[str]:
     settings = settings_of(recipe)
     # Where the recipe exports nothing itself, somebody will, and is told here what it takes.
     dtype, with_code = (settings.precision, settings.with_code) if settings is not None else ("float32", True)
+    try:
+        layout = choose_layout(recipe.model, with_code=with_code, where="model")
+    except UserError as error:
+        raise UserError(_explained(str(error))) from None
     model = small_twin(recipe.model)
     with tempfile.TemporaryDirectory(prefix="last-mile-") as name:
         run = Path(name) / "run"
@@ -80,13 +85,14 @@ def exercise(recipe: Recipe, tokenizer: Path | None = None) -> list[str]:
                 report = export(checkpoint, Path(name) / "export", dtype=dtype, with_code=with_code)
             except UserError as error:
                 raise UserError(_explained(str(error).replace(str(checkpoint), "model"))) from None
-    how = report.layout or "mpt"
+    # Widths may decide: those of the recipe count, and the twin has tried the save, the tokenizer and the opening.
+    how = layout.name
     needs = " Exports need --with-code." if how == "code" and settings is None else ""
     return [
         *notes,
         f"last mile   saved, exported ({how}, {dtype}), opened by transformers, {report.tokens} greedy tokens equal "
         f"({time.monotonic() - started:.1f} s; {model.n_layers} blocks, {model.d_model} wide, random weights)",
-        *([f"            {report.reason}{needs}"] if report.reason else []),
+        *([f"            {layout.reason}{needs}"] if layout.reason else []),
     ]
 
 
@@ -111,7 +117,7 @@ def small_twin(config: MPTConfig) -> MPTConfig:
         config: the recipe's.
     """
     d_head = 8 if config.n_heads <= 16 else 4
-    d_model = config.n_heads * d_head
+    d_model = config.n_heads * d_head + bool(config.d_model % config.n_heads)
     own_width = config.head_dim is not None and config.n_heads * config.head_dim != config.d_model
     ratio = config.ffn_hidden_size / config.d_model
     changes = {
@@ -119,12 +125,22 @@ def small_twin(config: MPTConfig) -> MPTConfig:
         "n_layers": 2,
         "head_dim": 2 * d_head if own_width else None,
         "ffn_config": {**config.ffn_config.model_dump(), "ffn_hidden_size": max(8, round(ratio * d_model))},
-        "attn_config": {**config.attn_config.model_dump(), "attn_impl": "auto"},
+        "attn_config": {
+            **config.attn_config.model_dump(),
+            "attn_impl": "auto",
+            "softmax_scale": _scale(config, 2 * d_head if own_width else d_head),
+        },
         "activation_checkpointing_target": None,
         "init_device": "cpu",
         "pretrained": None,
     }
     return MPTConfig.model_validate({**config.model_dump(), **changes})
+
+
+def _scale(config: MPTConfig, d_head: int) -> float | None:
+    """The softmax's scale for heads of another width: as usual or as unusual as it was."""
+    scale = config.attn_config.softmax_scale
+    return None if scale is None or scale == config.d_head**-0.5 else scale * (config.d_head / d_head) ** 0.5
 
 
 def places(recipe: Recipe) -> list[str]:

@@ -1,6 +1,7 @@
 """Exports beside real training: the weights of their step, in time, and without changing or stopping the run."""
 
 import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from llmtrain.hf_model.source import open_hf
 from llmtrain.testing.corpus import TinyCorpus
 from llmtrain.testing.launch import Run, launch
 from llmtrain.testing.recipe import tiny_recipe
+from llmtrain.training.background_export import BackgroundExport
 from llmtrain.training.export_place import ExportPlace
 from tests.hf_model.conftest import save_model
 
@@ -202,3 +204,12 @@ def test_a_snapshot_is_read_as_it_was_filled(tmp_path: Path) -> None:
         assert all(torch.equal(found[name], value) for name, value in wanted.items())
         if snapshot.inherited:  # no byte of it is on the disk
             assert str((tmp_path / "checkpoints" / "ep0-ba1" / "full.pt").readlink()).startswith("/proc/self/fd/")
+
+
+def test_an_export_that_stands_still_is_given_up() -> None:
+    background = BackgroundExport()
+    background._process = subprocess.Popen(["sleep", "100"])
+    assert not background.ended(0.1)
+    background.give_up("ba4: not done after 120 minutes of waiting")
+    assert background.ended()
+    assert background.answer().problem == "ba4: not done after 120 minutes of waiting"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from llmtrain.checkpoint.layouts import choose_layout
 from llmtrain.errors import UserError
 from llmtrain.model.config import MPTConfig
 from llmtrain.recipe.check import check
@@ -90,3 +91,29 @@ def test_without_it_check_does_not_import_torch(repository: Path) -> None:
         "assert not {'torch', 'composer', 'transformers'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], cwd=repository, check=True)
+
+
+ROTARY = {
+    "d_model": 512,
+    "n_heads": 8,
+    "n_layers": 2,
+    "vocab_size": 512,
+    "no_bias": True,
+    "norm_type": "rmsnorm",
+    "ffn_config": {"ffn_type": "mptglu", "ffn_act_fn": {"name": "silu"}},
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "layout"),
+    [
+        ({"attn_config": {"rope": True, "softmax_scale": 64**-0.5}}, "llama"),
+        ({"attn_config": {"rope": True, "softmax_scale": 8**-0.5}}, "code"),  # the usual one of the twin's heads
+        ({"attn_config": {"rope": True}, "d_model": 500, "head_dim": 64}, "code"),
+        ({"attn_config": {"rope": True}, "head_dim": 16}, "llama"),
+    ],
+)
+def test_the_twin_is_written_as_the_recipe_s_model_will_be(change: dict, layout: str) -> None:
+    config = MPTConfig.model_validate(ROTARY | change)
+    for model in (config, small_twin(config)):
+        assert choose_layout(model, with_code=True, where="x").name == layout
