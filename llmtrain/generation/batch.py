@@ -86,7 +86,7 @@ class Answering:
         """
         problems: list[str] = []
         for request in requests:
-            if self._positions is None and request.form != "messages":
+            if self._positions is None and request.form != "messages" and all(request.prompts):
                 continue
             try:
                 for prompt in request.prompts:
@@ -182,8 +182,10 @@ class Answering:
 
     def _encode(self, prompt: str | Messages) -> list[int]:
         text = prompt if isinstance(prompt, str) else render(self._tokenizer, prompt)
-        # An empty text stands for the start of a document.
-        return encode(self._tokenizer, text) or [int(self._tokenizer.eos_token_id)]
+        ids = encode(self._tokenizer, text)
+        if not ids and self._tokenizer.eos_token_id is None:
+            raise UserError("an empty prompt needs a tokenizer with an end-of-text token, behind which texts begin")
+        return ids or [int(self._tokenizer.eos_token_id)]  # an empty text stands for the start of a document
 
 
 class StopText:

@@ -107,10 +107,13 @@ def _run_job(job: Job, requests: Requests, answering: "Answering", overwrite: bo
     console, output = Console(stderr=True), job.output
     done = job.start(overwrite=overwrite)
     if done is None:
-        console.print(f"{output} is complete already, of the same input, model and settings.", markup=False)
+        console.print(
+            f"{output} is complete already, of the same input, model and settings.", markup=False, soft_wrap=True
+        )
         return
     if done:
-        console.print(f"{output}: {done:,} of {requests.n:,} requests are answered; going on.", markup=False)
+        said = f"{output}: {done:,} of {requests.n:,} requests are answered; going on."
+        console.print(said, markup=False, soft_wrap=True)
     else:
         answering.check(requests)
     before = sum(len(request.prompts) for number, request in enumerate(requests) if number < done)

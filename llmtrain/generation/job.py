@@ -42,6 +42,8 @@ class Job:
         Raises:
             UserError: the output, or a part of it, is of something else.
         """
+        if self.output.is_dir():
+            raise UserError(f"--output {self.output}: is a folder. Give a file: {self.output / 'answers.jsonl'}")
         self._refuse_another_writer()
         record = self._read_record()
         same = record is not None and record.get("made_of") == self._made_of
@@ -71,16 +73,18 @@ class Job:
             UserError: another process is writing it, or it cannot be written.
         """
         try:
-            file = self.partial.open("a", encoding="utf-8", newline="\n")
-        except OSError as error:
-            raise UserError(f"{self.partial}: cannot be written: {error.strerror}") from None
-        with file:
-            self._lock(file)
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        self._write_record(complete=True)  # before the rename: until then the partial file says that it is not
-        self.partial.replace(self.output)
+            with self.partial.open("a", encoding="utf-8", newline="\n") as file:
+                self._lock(file)
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            self._write_record(complete=True)  # before the rename: until then the partial file says that it is not
+            self.partial.replace(self.output)
+        except OSError as error:  # the disk is full, say
+            raise UserError(
+                f"{error.filename or self.partial}: cannot be written: {error.strerror}. The answers that are there "
+                "stay; when that is mended, the same command goes on behind them."
+            ) from None
 
     def _refuse_another_writer(self) -> None:
         if self.partial.exists():

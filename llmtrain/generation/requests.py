@@ -63,7 +63,7 @@ class Requests:
         # A pipe gives what it has once.
         self._content = file.read_bytes() if file is not None and file.exists() and not file.is_file() else None
         self.n = self.n_prompts = 0
-        digest = hashlib.sha256(json.dumps(list(texts)).encode())
+        digest = self._digest()
         problems: list[str] = []
         for item in self._read(digest.update):
             if isinstance(item, UserError):
@@ -77,14 +77,17 @@ class Requests:
             raise UserError("There is no prompt: pass --prompt TEXT, --prompts FILE, or text on standard input.")
 
     def __iter__(self) -> Iterator[Request]:
-        count = 0
-        for item in self._read(lambda _: None):
+        digest = self._digest()
+        for item in self._read(digest.update):
             if isinstance(item, UserError):  # it was none when the file was read first
                 raise item
-            count += 1
             yield item
-        if count != self.n:
-            raise UserError(f"{self._file}: it has changed while it was read.")
+        if digest.hexdigest() != self.sha256:
+            raise UserError(f"{self._file}: it has changed while it was read. Begin anew.")
+
+    def _digest(self) -> "hashlib._Hash":
+        """That of the texts; of the file's lines when they have been read."""
+        return hashlib.sha256(json.dumps(list(self._texts)).encode())
 
     def _read(self, seen: Any) -> Iterator[Request | UserError]:
         for text in self._texts:

@@ -1,5 +1,6 @@
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -179,6 +180,14 @@ def test_a_stop_text_ends_an_answer(exported: Path) -> None:
     assert len(stopped.tokens) < len(free.tokens)
 
 
+def test_an_empty_prompt_without_an_end_of_text_is_named(exported: Path, tmp_path: Path) -> None:
+    model, tokenizer = load(exported)
+    tokenizer.eos_token = None
+    source = write(tmp_path / "in.jsonl", {"prompt": "x"}, {"prompt": ""})
+    with pytest.raises(UserError, match=r"line 2: an empty prompt needs"):
+        Answering(model, tokenizer).check(Requests([], source, Settings()))
+
+
 class TestResuming:
     """Interrupted anywhere, the same command writes the same bytes."""
 
@@ -246,7 +255,8 @@ class TestResuming:
         with pytest.raises(UserError, match=match):
             self.run(exported, source, target, **change)
         assert target.read_bytes() == before
-        assert self.run(exported, source, target, **change, overwrite=True) != before or "batch_size" in change
+        again = self.run(exported, source, target, **change, overwrite=True)
+        assert (again != before) or "batch_size" in change or "dtype" in change  # which may change nothing here
 
     def test_another_input_and_another_model_are_refused(
         self, exported: Path, source: Path, tmp_path: Path, tokenizer: Path, make_model
@@ -285,6 +295,38 @@ class TestResuming:
     def test_the_prompts_are_not_the_output(self, exported: Path, source: Path) -> None:
         with pytest.raises(UserError, match="is the file with the prompts"):
             self.run(exported, source, source)
+
+    def test_a_full_disk_is_said_and_the_job_goes_on(self, exported: Path, source: Path, tmp_path: Path) -> None:
+        whole = self.run(exported, source, tmp_path / "whole.jsonl")
+        target = tmp_path / "out.jsonl"
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))  # writing beyond it fails, as on a full disk
+        try:
+            with pytest.raises(UserError, match=r"out\.jsonl\.partial: cannot be written: File too large.*goes on"):
+                self.run(exported, source, target)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert not target.exists()
+        assert self.run(exported, source, target) == whole
+
+    def test_an_input_that_is_edited_meanwhile_completes_nothing(
+        self, exported: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        original = batch.steps
+
+        def editing(*arguments: Any, **options: Any) -> Any:
+            many(source, 25)
+            source.write_text(source.read_text().replace('"id": 23', '"id": 32'))
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(batch, "steps", editing)
+        with pytest.raises(UserError, match="has changed while it was read"):
+            self.run(exported, source, tmp_path / "out.jsonl")
+        assert not (tmp_path / "out.jsonl").exists()
+
+    def test_a_folder_is_no_output(self, exported: Path, source: Path, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match="is a folder"):
+            self.run(exported, source, tmp_path, overwrite=True)
 
     def command(self, exported: Path, source: Path, target: Path) -> list[str]:
         """`run`, as a process of its own."""
