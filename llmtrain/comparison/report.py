@@ -46,7 +46,9 @@ def compare(runs: Sequence[Run]) -> Comparison:
     for label in _labels([run.losses for run in runs]):
         curves = [smooth(points) if label == TRAIN else points for points in (r.losses.get(label, []) for r in runs)]
         name = "train, smoothed" if label == TRAIN else label
-        losses.append(Line(f"{name}: last", [_last(points) for points in curves], min))
+        # Of a run that has diverged the last finite loss is none that it has.
+        held = [[] if label in run.diverged else points for run, points in zip(runs, curves, strict=True)]
+        losses.append(Line(f"{name}: last", [_last(points) for points in held], min))
         losses.append(Line(f"{name}: best", [min((p.value for p in c), default=None) for c in curves], min))
         if common is not None and len(runs) > 1:
             at = (
@@ -54,7 +56,7 @@ def compare(runs: Sequence[Run]) -> Comparison:
                 if common[0] == "tokens"
                 else f"{name}: at step {common[1]}"
             )
-            losses.append(Line(at, [_until(points, *common) for points in curves], min))
+            losses.append(Line(at, [_until(points, *common) for points in held], min))
     scores = []
     for label in _labels([run.scores for run in runs]):
         values = [_last(run.scores.get(label, [])) for run in runs]

@@ -49,6 +49,8 @@ class Run:
     evaluations: dict[str, float] = field(default_factory=dict)
     """Results of `llmtrain eval` on this run's checkpoints, by a name with checkpoint, data and metric."""
     notes: list[str] = field(default_factory=list)
+    diverged: dict[str, int] = field(default_factory=dict)
+    """Loss -> step from which it was no finite number any more, to the end; its points stop before."""
 
     def at(self, curve: str, step: int) -> float | None:
         """The newest value of a loss at or before a step."""
@@ -131,23 +133,35 @@ def _read_metrics(run: Run) -> bool:
     for step, row in sorted(rows.items()):
         tokens = row.get("time/token", tokens)
         run.steps = max(run.steps, step)
-        train = next((row[key] for key in _TRAIN_KEYS if _is_number(row.get(key))), None)
+        train = next((row[key] for key in _TRAIN_KEYS if isinstance(row.get(key), int | float)), None)
         if train is not None:
-            run.losses.setdefault(TRAIN, []).append(Point(step, tokens, train))
+            _add_loss(run, TRAIN, Point(step, tokens, train))
         for key, value in row.items():
-            if not _is_number(value) or key in _TRAIN_KEYS:
+            if not isinstance(value, int | float) or key in _TRAIN_KEYS:
                 continue
             if key.startswith("metrics/") and key.endswith(_LOSS):
-                label = key.removeprefix("metrics/").removesuffix(_LOSS)
-                run.losses.setdefault(label, []).append(Point(step, tokens, value))
+                _add_loss(run, key.removeprefix("metrics/").removesuffix(_LOSS), Point(step, tokens, value))
+            elif not _is_number(value):
+                continue
             elif key.startswith(("metrics/", "icl/")) and not key.startswith("metrics/train/"):
                 run.scores.setdefault(key.removeprefix("metrics/"), []).append(Point(step, tokens, value))
         speeds += [row[_SPEED]] if _is_number(row.get(_SPEED)) else []
         rates += [row[_BATCHES]] if _is_number(row.get(_BATCHES)) and row[_BATCHES] > 0 else []
+    run.notes += [
+        f"{label}: the loss is no finite number from step {step:,} on" for label, step in run.diverged.items()
+    ]
     run.tokens = tokens
     run.tokens_per_second = statistics.median(speeds) if speeds else None
     run.step_seconds = 1 / statistics.median(rates) if rates else None
     return True
+
+
+def _add_loss(run: Run, label: str, point: Point) -> None:
+    if _is_number(point.value):
+        run.losses.setdefault(label, []).append(point)
+        run.diverged.pop(label, None)  # a step that was skipped: it has come back
+    else:
+        run.diverged.setdefault(label, point.step)
 
 
 def _read_evaluations(run: Run) -> bool:

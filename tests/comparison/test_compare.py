@@ -54,6 +54,23 @@ def test_losses_at_the_end_the_best_and_as_far_as_all_have_come(tmp_path: Path) 
     assert first["parameters"] == 300 * 48 + 64 * 48 + 2 * (4 * 48 * 48 + 8 * 48 * 48) + 48 * (2 + 2 * (4 + 4 + 5))
 
 
+def test_a_run_that_has_diverged_has_no_last_loss(tmp_path: Path) -> None:
+    a = make(tmp_path / "a", [5.0, 1.0, float("nan"), float("inf")], evals={0: 6.0, 3: float("nan")})
+    b = make(tmp_path / "b", [5.0, float("nan"), 3.0, 3.0], evals={0: 6.0, 3: 5.0})  # it came back
+    runs = [read_run(a), read_run(b)]
+    found = as_json(compare(runs))
+    assert found["losses"]["train, smoothed: last"]["a"] is None
+    assert found["losses"]["train, smoothed: at 300 tokens"]["a"] is None
+    assert found["losses"]["c4: last"] == {"a": None, "b": 5.0}
+    assert found["losses"]["c4: best"] == {"a": 6.0, "b": 5.0}
+    assert runs[0].notes == [
+        "train: the loss is no finite number from step 2 on",
+        "c4: the loss is no finite number from step 3 on",
+    ]
+    assert not runs[1].notes
+    json.dumps(found, allow_nan=False)
+
+
 def test_a_repeated_step_counts_once_and_half_a_line_not_at_all(tmp_path: Path) -> None:
     folder = make(tmp_path / "a", [5.0, 4.0, 3.0])
     with (folder / "metrics.jsonl").open("a") as file:
