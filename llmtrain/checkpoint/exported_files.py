@@ -46,7 +46,7 @@ def refuse_others_files(target: Path, recorded: Iterable[str] = ()) -> None:
     names = {path.name for path in target.iterdir()}
     if not names & set(CONFIGS):
         raise UserError(f"{target}: holds other files and is no earlier export; give a folder that does not exist.")
-    known = {*recorded, CARD}
+    known = {*recorded, CARD, f".{RECORD}"}
     others = sorted(name for name in names if name not in known and not of_an_export(name))
     if others:
         shown = ", ".join(others[:6]) + (f" and {len(others) - 6} more" if len(others) > 6 else "")

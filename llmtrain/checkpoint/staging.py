@@ -2,10 +2,13 @@
 
 import os
 import shutil
+import signal
+import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 from llmtrain.errors import UserError
 
@@ -48,12 +51,39 @@ def staging(target: Path, doing: str, size: int = 0) -> Iterator[Path]:
     folder = target.parent / f".{target.name}.{doing}-{uuid.uuid4().hex[:8]}"
     try:
         folder.mkdir()
-        yield folder
+        with _ended_like_an_exception():
+            yield folder
     except OSError as error:
+        if _elsewhere(error, folder):
+            raise UserError(f"{target}: not made: {error}") from error
         free = shutil.disk_usage(target.parent).free
         raise UserError(f"{target}: cannot be written: {error} ({free / 1e9:.2f} GB free there)") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _ended_like_an_exception() -> Iterator[None]:
+    """SIGTERM, of a scheduler above all, ends the block as Ctrl-C does: no gigabytes of half a model are left."""
+    mine = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if mine:
+        signal.signal(signal.SIGTERM, _end)
+    try:
+        yield
+    finally:
+        if mine:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _end(signum: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + signum)
+
+
+def _elsewhere(error: OSError, folder: Path) -> bool:
+    """Whether an error is about a file that is somewhere else, such as a cache."""
+    return isinstance(error.filename, str) and not Path(error.filename).absolute().is_relative_to(
+        folder.parent.absolute()
+    )
 
 
 def move_into_place(made: Path, target: Path, old: Path) -> None:

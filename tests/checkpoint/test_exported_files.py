@@ -1,7 +1,10 @@
 """What an export replaces, and what it leaves alone because others have put it there."""
 
 import json
+import os
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,7 @@ import torch
 from llmtrain.checkpoint import manifest
 from llmtrain.checkpoint.export import export
 from llmtrain.checkpoint.hugging_face import read_hf_folder, write_hf_folder
-from llmtrain.checkpoint.staging import move_into_place
+from llmtrain.checkpoint.staging import move_into_place, staging
 from llmtrain.errors import UserError
 from llmtrain.model.mpt import MPT
 from llmtrain.training.background_export import remove_half_written
@@ -113,6 +116,33 @@ def test_an_interruption_between_the_two_renames_brings_the_old_one_back(tmp_pat
     remove_half_written(target)
     assert (target / "a").read_text() == "old"
     assert not hidden.exists()
+
+
+def end_in_the_middle(target: Path) -> None:
+    with staging(target, "exporting") as folder:
+        (folder / "half").write_text("x")
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+
+def test_a_process_that_is_ended_leaves_nothing(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            end_in_the_middle(tmp_path / "out")
+        assert ended.value.code == 143
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_of_another_place_is_not_blamed_on_the_target(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"not made: .*/proc/none"), staging(tmp_path / "out", "exporting"):
+        Path("/proc/none").mkdir()
+    with pytest.raises(UserError, match="cannot be written"), staging(tmp_path / "out", "exporting") as folder:
+        (folder / "a" / "b").write_text("x")
 
 
 def test_a_tokenizer_that_names_code_or_a_newer_class(run, tmp_path: Path) -> None:
