@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from llmtrain.checkpoint.exported_files import RECORD
 from llmtrain.errors import UserError
 
 
@@ -39,6 +40,10 @@ class Request:
     keep: bool = True
     """False: the target is only a stage on the way to `push`."""
     threads: int = 1
+    run: str = ""
+    """Name of the run that the checkpoint is of."""
+    parent: int | None = None
+    """Process id of the training, without which there is nothing to do."""
 
     def write(self, path: Path) -> None:
         """As JSON."""
@@ -94,6 +99,8 @@ def _export(request: Request) -> tuple[int, bool]:
         seal(source, **request.seal)
     options: dict[str, Any] = {"with_code": True} if request.with_code else {}
     report = export(source, target, dtype=request.dtype, overwrite=request.overwrite, **options)
+    if not report.done_before:
+        _record_run(target, f"{request.run}/{source.name}".lstrip("/"))
     for place in request.push:
         from llmtrain.checkpoint.push import push
 
@@ -101,6 +108,15 @@ def _export(request: Request) -> tuple[int, bool]:
     if not request.keep:
         shutil.rmtree(target)
     return report.size, report.done_before
+
+
+def _record_run(target: Path, checkpoint: str) -> None:
+    """The record names run and checkpoint: paths of this machine, or of a copy, mean nothing where it is pushed to."""
+    file = target / RECORD
+    content = json.loads(file.read_text()) | {"source": checkpoint, "target": target.name}
+    temporary = file.with_name(f".{RECORD}")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.replace(file)
 
 
 def _existing(path: Path) -> Path:
@@ -112,13 +128,14 @@ def _stop(signum: int, frame: FrameType | None) -> None:
 
 
 def main(path: str) -> int:
-    """0: exported."""
+    """0: exported. 1: not, as the answer says. 2: the training is gone."""
     signal.signal(signal.SIGTERM, _stop)
+    request = Request(**json.loads(Path(path).read_text()))
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: not to outlive a training that was killed
+    if request.parent is not None and os.getppid() != request.parent:  # killed before that
+        return 2
     os.nice(10)
-    content = json.loads(Path(path).read_text())
-    request = Request(**content)
     answer = run(request)
     file = Path(request.answer)
     temporary = file.with_suffix(".tmp")

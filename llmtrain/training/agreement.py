@@ -1,5 +1,6 @@
 """All ranks come to the same answer, or to the same error: one that fails alone leaves the others waiting for it."""
 
+import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -27,6 +28,43 @@ def from_rank_zero(function: Callable[[], T]) -> T:
         raise UserError(answer[1])
     result: T = answer[0]
     return result
+
+
+def from_rank_zero_in_turns(function: Callable[[], T], turn: float = 5.0) -> T:
+    """The same for what may take longer than a collective call may (`dist_timeout`): a server that does not answer.
+
+    Args:
+        function: runs in a thread on rank 0.
+        turn: seconds between the collective calls in which the ranks wait.
+
+    Raises:
+        UserError: on all ranks, with what rank 0 raised.
+    """
+    answer: list[Any] = [None, None]
+
+    def work() -> None:
+        try:
+            answer[0] = function()
+        except Exception as error:
+            answer[1] = _text(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    if dist.get_global_rank() == 0:
+        thread.start()
+    ended = [False]
+    while not ended[0]:
+        if dist.get_global_rank() == 0:
+            thread.join(turn)
+            ended = [not thread.is_alive()]
+        dist.broadcast_object_list(ended)
+
+    def outcome() -> T:
+        if answer[1] is not None:
+            raise UserError(answer[1])
+        result: T = answer[0]
+        return result
+
+    return from_rank_zero(outcome)
 
 
 def from_all_ranks(function: Callable[[], T]) -> list[T]:

@@ -51,7 +51,7 @@ class BackgroundExport:
         Raises:
             OSError: there is no process to be had.
         """
-        asked = Request(answer=str(self._answer), threads=max(1, available_cores() // 4), **request)
+        asked = Request(answer=str(self._answer), threads=max(1, available_cores() // 4), parent=os.getpid(), **request)
         self.target = Path(asked.target)
         asked.write(self._folder / "request.json")
         environment = {key: value for key, value in os.environ.items() if not key.startswith(_OF_A_LAUNCH)}
@@ -91,7 +91,9 @@ class BackgroundExport:
         if self._given_up is not None:
             found = Answer(self._given_up)
         if found is None:
-            tail = (self._folder / "log").read_text(errors="replace").strip().splitlines()[-5:]
+            tail: list[str] = []
+            with suppress(OSError):  # somebody cleans up in TMPDIR
+                tail = (self._folder / "log").read_text(errors="replace").strip().splitlines()[-5:]
             code = self._process.returncode
             how = f"signal {-code}" if code < 0 else f"exit code {code}"
             found = Answer("; ".join([f"the exporting process ended without an answer ({how})", *tail]))

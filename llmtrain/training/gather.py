@@ -47,8 +47,7 @@ def gather(model: Any, dtype: str, folder: Path | None, problem: str | None = No
         What rank 0 has; nothing on the other ranks.
     """
     state: dict[str, Any] = get_model_state_dict(model)
-    # Adapters are merged before they are cast; only an MPT's weights are final.
-    wanted = DTYPES[dtype] if _is_mpt(model) else None
+    wanted = _final_dtype(model, dtype)
     made = Gathered(problem=problem)
 
     def allocate() -> str | None:
@@ -85,9 +84,37 @@ def gather(model: Any, dtype: str, folder: Path | None, problem: str | None = No
     return made
 
 
-def _is_mpt(model: Any) -> bool:
+def size_of_a_copy(model: Any, dtype: str) -> int:
+    """Bytes that :func:`gather` takes on rank 0 (a collective call).
+
+    Args:
+        model: the trainer's.
+        dtype: as for :func:`gather`.
+    """
+    wanted = _final_dtype(model, dtype)
+    state: dict[str, Any] = get_model_state_dict(model)
+    return sum(value.numel() * _target_dtype(value, wanted).itemsize for value in state.values())
+
+
+def memory_line(need: int) -> str:
+    """What an export takes of rank 0's memory, and whether it is there now.
+
+    Args:
+        need: bytes of a copy.
+    """
+    line = f"exports     each copies the weights into {need / 1e9:.2f} GB of memory on rank 0"
+    free = available_memory()
+    if free is None:
+        return line
+    enough = "" if need <= free - _RESERVE else ". WARNING: not enough; exports will fail, while training goes on"
+    return f"{line} ({free / 1e9:.1f} GB are free now){enough}"
+
+
+def _final_dtype(model: Any, dtype: str) -> torch.dtype | None:
+    """What weights are cast to. Adapters are merged before they are cast; only an MPT's weights are final."""
     inner = getattr(model, "module", model)  # within DDP
-    return isinstance(inner, LanguageModel) and isinstance(inner.config, MPTConfig)
+    is_mpt = isinstance(inner, LanguageModel) and isinstance(inner.config, MPTConfig)
+    return DTYPES[dtype] if is_mpt else None
 
 
 def _target_dtype(value: Tensor, wanted: torch.dtype | None) -> torch.dtype:

@@ -10,19 +10,17 @@ from typing import Any
 import torch
 from composer import Callback, Event, Logger, State
 from composer.callbacks.checkpoint_saver import create_interval_scheduler
-from composer.core import Timestamp
 from composer.utils import dist
 
 from llmtrain.checkpoint.resolve import checkpoints_in
 from llmtrain.recipe.recipe import Recipe
-from llmtrain.training.agreement import from_rank_zero
+from llmtrain.training.agreement import from_rank_zero, from_rank_zero_in_turns
 from llmtrain.training.background_export import BackgroundExport
 from llmtrain.training.environment import say
 from llmtrain.training.export_place import ExportPlace
-from llmtrain.training.gather import Gathered, gather
+from llmtrain.training.gather import Gathered, gather, memory_line, size_of_a_copy
 from llmtrain.training.last_mile import destinations, exercise
 from llmtrain.training.preemption import Preempted
-from llmtrain.training.resume import StartingPoint
 from llmtrain.training.resume import save_folder as checkpoints_of
 
 PATIENCE = 7200.0
@@ -104,17 +102,18 @@ class HuggingFaceCheckpointer(Callback):  # type: ignore[misc]
         """
         step = int(state.timestamp.batch)
         from_rank_zero(lambda: self.place.prepare(fresh=step == 0, overwrite=self.overwrite))
-        for line in from_rank_zero(self._tried):
+        for line in from_rank_zero(lambda: exercise(self._recipe, self.run / "tokenizer")):
             say(line)
+        for line in from_rank_zero_in_turns(lambda: destinations(self._recipe), _TURN):
+            say(line)
+        need = size_of_a_copy(state.model, self.precision)
+        say(from_rank_zero(lambda: memory_line(need)))
         cut_off, self._unfinished = self._unfinished, []
         for export in cut_off:
             if export["step"] == step:
                 self.export(state)
             else:
                 self._make_up(**export)
-
-    def _tried(self) -> list[str]:
-        return [*exercise(self._recipe, self.run / "tokenizer"), *destinations(self._recipe)]
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         if self._running is not None and self._running.ended():
@@ -188,6 +187,7 @@ class HuggingFaceCheckpointer(Callback):  # type: ignore[misc]
                 with_code=self.with_code,
                 push=self.place.destinations(name),
                 keep=self.place.keep,
+                run=self._recipe.run_name,
                 **request,
             )
         except (OSError, ValueError) as error:
@@ -203,7 +203,12 @@ class HuggingFaceCheckpointer(Callback):  # type: ignore[misc]
         self._wait("before the next one begins")
         if dist.get_global_rank() > 0 or self._checkpoints is None:
             return
-        for info in checkpoints_in(self._checkpoints):
+        try:
+            known = checkpoints_in(self._checkpoints)
+        except OSError as error:  # the other ranks do not know of it, and go on
+            self._failed(f"{name} was cut off by the stop, and {self._checkpoints} cannot be read: {error}")
+            return
+        for info in known:
             if info.step == step and info.problem is None:
                 self._stall = 0.0
                 self._unfinished.append({"step": step, "name": name})
@@ -280,45 +285,3 @@ def failed_exports(callbacks: Iterable[Any]) -> int:
             _say(f"  {problem}")
         _say("`llmtrain export CHECKPOINT OUT` makes them from checkpoints.")
     return 1 if failures else 0
-
-
-def last_export_made_up(recipe: Recipe, start: StartingPoint) -> int:
-    """Makes the last export of a run that was stopped between its last checkpoint and the end of that export.
-
-    Returns:
-        0: it is there, or the run has no exports. 1: it cannot be made.
-    """
-    settings = recipe.callbacks.hf_checkpointer if recipe.callbacks is not None else None
-    if settings is None or start.load_path is None or dist.get_global_rank() > 0:
-        return 0
-    place = ExportPlace.of(
-        settings.save_folder,
-        settings.huggingface_folder_name,
-        settings.push,
-        recipe.run_name,
-        Path("runs") / recipe.run_name,
-    )
-    checkpoint = Path(start.load_path)
-    checkpoint = checkpoint.parent if checkpoint.is_file() else checkpoint
-    info = next(one for one in checkpoints_in(checkpoint.parent) if one.path.name == checkpoint.name)
-    tokens = info.manifest.tokens if info.manifest is not None else 0
-    name = place.name(recipe.run_name, Timestamp(epoch=max(info.epoch, 0), batch=info.step, token=tokens))
-    if not place.keep or (place.folder / name).exists():  # what is only sent elsewhere cannot be looked for here
-        return 0
-    place.prepare(fresh=False, overwrite=settings.overwrite)
-    _say(f"export      {place.folder / name} is missing: it is made from {checkpoint}")
-    background = BackgroundExport()
-    background.start(
-        None,
-        source=str(checkpoint.absolute()),
-        target=str((place.folder / name).absolute()),
-        dtype=settings.precision,
-        overwrite=settings.overwrite,
-        with_code=settings.with_code,
-        push=place.destinations(name),
-    )
-    while not background.ended(1.0):
-        pass
-    answer = background.answer()
-    _say(f"export      {f'FAILED. {answer.problem}' if answer.problem else place.folder / name}")
-    return 0 if answer.problem is None else 1

@@ -30,9 +30,10 @@ from llmtrain.training.console import Console
 from llmtrain.training.data import Loaders, open_tokenizer
 from llmtrain.training.fsdp import ShardingPlan, translate
 from llmtrain.training.gradient_check import check_gradient_average
-from llmtrain.training.hf_checkpointer import exporters, failed_exports, last_export_made_up
+from llmtrain.training.hf_checkpointer import exporters, failed_exports
 from llmtrain.training.icl_callback import EvalGauntlet, EvalOutputLogging, TaskEvaluation, task_evaluation
 from llmtrain.training.language_model import LanguageModel
+from llmtrain.training.last_export import last_export_made_up
 from llmtrain.training.length_warmup import LengthWarmup
 from llmtrain.training.loggers import build_loggers
 from llmtrain.training.optimizers import build_optimizer
