@@ -39,12 +39,15 @@ class ExportPlace:
             push: a further place, or None.
             run_name: the run's.
             run: the run's folder; where `save_folder` is elsewhere, exports are made in it first.
+
+        Raises:
+            UserError: one of them names no place.
         """
         place = save_folder.replace("{run_name}", run_name)
-        more = (push.replace("{run_name}", run_name).rstrip("/"),) if push is not None else ()
+        more = (_destination("push", push.replace("{run_name}", run_name)),) if push is not None else ()
         if "://" not in place:
             return cls(Path(place) / FOLDER, pattern, more, True)
-        url = place.rstrip("/")
+        url = _destination("save_folder", place)
         elsewhere = url if url.startswith("hf://") else f"{url}/{FOLDER}"
         return cls(run / FOLDER, pattern, (elsewhere, *more), False)
 
@@ -86,3 +89,11 @@ class ExportPlace:
                 f"{KEY}: {self.folder} holds exports of an earlier run ({', '.join(earlier[:4])}). Set overwrite: true "
                 "to replace them, or another save_folder or run_name."
             )
+
+
+def _destination(key: str, text: str) -> str:
+    """Without slashes at its end."""
+    scheme, separator, place = text.partition("://") if "://" in text else ("", "", text)
+    if not place.strip("/ "):
+        raise UserError(f"{KEY}.{key}: `{text}` names no place; expected a folder, or a URL such as s3://BUCKET/PATH.")
+    return f"{scheme}{separator}{place.rstrip('/')}"

@@ -1,3 +1,6 @@
+import time
+from datetime import timedelta
+
 import torch.distributed as dist
 
 from llmtrain.errors import UserError
@@ -33,3 +36,30 @@ def test_all_ranks_get_the_same_answers_and_the_same_errors() -> None:
         "PermissionError: no access on 0",
         "rank 1: PermissionError: no access on 1",
     ]
+
+
+def wait_longer_than_a_collective_may() -> list[object]:
+    from torch.distributed.distributed_c10d import _set_pg_timeout
+
+    from llmtrain.training.agreement import from_rank_zero_in_turns
+
+    _set_pg_timeout(timedelta(seconds=1))
+
+    def slow() -> str:
+        time.sleep(2)
+        return f"from {dist.get_rank()}"
+
+    def slow_failure() -> str:
+        raise PermissionError(slow())
+
+    seen: list[object] = [from_rank_zero_in_turns(slow, 0.2)]
+    try:
+        from_rank_zero_in_turns(slow_failure, 0.2)
+    except UserError as error:
+        seen.append(str(error))
+    return seen
+
+
+def test_what_takes_longer_than_a_collective_call_may() -> None:
+    first, second = run_ranks(wait_longer_than_a_collective_may, 2)
+    assert first == second == ["from 0", "PermissionError: from 0"]

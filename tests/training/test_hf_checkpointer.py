@@ -1,5 +1,6 @@
 """Exports beside real training: the weights of their step, in time, and without changing or stopping the run."""
 
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -13,6 +14,7 @@ from llmtrain.checkpoint.export import export
 from llmtrain.checkpoint.read import read_weights
 from llmtrain.checkpoint.snapshot import Snapshot
 from llmtrain.checkpoint.source import open_source
+from llmtrain.errors import UserError
 from llmtrain.hf_model.source import open_hf
 from llmtrain.testing.corpus import TinyCorpus
 from llmtrain.testing.launch import Run, launch
@@ -191,6 +193,13 @@ class TestPlaces:
         assert place.destinations("ba4") == ["s3://bucket/mine/huggingface/ba4"]
         assert self.place("hf://me/model").destinations("ba4") == ["hf://me/model"]
 
+    def test_what_names_no_place(self) -> None:
+        for push in ("", "s3://", "/"):
+            with pytest.raises(UserError, match=r"hf_checkpointer\.push: .* names no place"):
+                self.place("runs", push)
+        with pytest.raises(UserError, match=r"hf_checkpointer\.save_folder: .* names no place"):
+            self.place("s3://")
+
 
 def test_a_snapshot_is_read_as_it_was_filled(tmp_path: Path) -> None:
     from llmtrain.checkpoint.unpickle import load_full
@@ -213,3 +222,11 @@ def test_an_export_that_stands_still_is_given_up() -> None:
     background.give_up("ba4: not done after 120 minutes of waiting")
     assert background.ended()
     assert background.answer().problem == "ba4: not done after 120 minutes of waiting"
+
+
+def test_an_export_whose_files_were_cleaned_up_by_others() -> None:
+    background = BackgroundExport()
+    background._process = subprocess.Popen(["false"])
+    assert background.ended(10)
+    shutil.rmtree(background._folder)
+    assert background.answer().problem == "the exporting process ended without an answer (exit code 1)"
