@@ -19,7 +19,7 @@ from llmtrain.config.secrets import redact
 from llmtrain.errors import UserError
 from llmtrain.evaluation import ranks as processes
 from llmtrain.evaluation.evaluate import TOKENS_IN_A_BATCH
-from llmtrain.evaluation.losses import Losses
+from llmtrain.evaluation.losses import Losses, made_for
 from llmtrain.evaluation.plan import Arguments, Plan, make_plan, own_data
 from llmtrain.evaluation.ranks import Ranks
 from llmtrain.evaluation.recipe import is_eval_recipe, load_eval_recipe
@@ -98,16 +98,17 @@ def eval_command(
     )
     plan = make_plan(source, overrides, given, ranks.device.type)
     _prepare(plan, console)
-    found = []
+    _refuse_place(plan, ranks)
+    found: list[Evaluated] = []
     for place in plan.places:
         if len(plan.places) > 1:
             console.rule(place.name)
         found.append(_evaluate(place, plan, ranks, console))
         gc.collect()  # the next model needs the memory
-    about = _about(plan, ranks)
-    content = _content(found, about)
+        content = _content(found, _about(plan, ranks), several=len(plan.places) > 1)
+        if ranks.is_first:  # what is known stays, should the next model fail
+            written = write_results(plan.stem, content, found)
     if ranks.is_first:
-        written = write_results(plan.stem, content, found)
         print_results(console, found)
         console.print(f"written     {'  '.join(map(str, written))}", highlight=False, soft_wrap=True)
     ranks.close()
@@ -129,6 +130,21 @@ def _prepare(plan: Plan, console: Console) -> None:
             raise UserError(f"code_paths: there is no file {path!r}")
         console.print(f"code_paths: running {path}", highlight=False, soft_wrap=True)
         runpy.run_path(path)
+
+
+def _refuse_place(plan: Plan, ranks: Ranks) -> None:
+    """Results that cannot be written: said before the hours that they take, on all ranks."""
+    problem = None
+    if ranks.is_first:
+        probe = plan.stem.with_name(f".{plan.stem.name}.writing")
+        try:
+            probe.parent.mkdir(parents=True, exist_ok=True)
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            problem = f"results {plan.stem}: cannot be written: {error.strerror}. Give another place: --output"
+    if problem := ranks.gather_each(problem)[0]:
+        raise UserError(problem)
 
 
 def _evaluate(place: Place, plan: Plan, ranks: Ranks, console: Console) -> Evaluated:
@@ -167,7 +183,10 @@ def _tasks(
         if plan.icl is not None:
             from llmtrain.evaluation.icl.run import run_icl
 
-            parts.append(run_icl(model, tokenizer, plan.icl, ranks, sharded=sharded, console=console))
+            icl = plan.icl
+            if "icl_seq_len" not in icl.model_fields_set:  # nothing says how long: what the model was made for
+                icl = icl.model_copy(update={"icl_seq_len": min(made_for(model) or icl.icl_seq_len, icl.icl_seq_len)})
+            parts.append(run_icl(model, tokenizer, icl, ranks, sharded=sharded, console=console))
         if plan.harness is not None:
             from llmtrain.evaluation.harness import run_harness
 
@@ -194,8 +213,8 @@ def _about(plan: Plan, ranks: Ranks) -> dict[str, Any]:
     }
 
 
-def _content(found: Sequence[Evaluated], about: dict[str, Any]) -> dict[str, Any]:
+def _content(found: Sequence[Evaluated], about: dict[str, Any], *, several: bool) -> dict[str, Any]:
     """Of one model, its facts and results at the top; of several, a list of those."""
-    if len(found) == 1:
+    if not several:
         return {**found[0].as_dict(), **about}
     return {"models": [one.as_dict() for one in found], **about}

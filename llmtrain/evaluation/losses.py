@@ -255,10 +255,7 @@ class Losses:
         if self.place.recipe is not None:
             return self.place.recipe.max_seq_len
         rows = [part.row_length for part in parts if part.row_length is not None]
-        made_for = getattr(self.model.config, "max_seq_len", None) or getattr(
-            self.model.config, "max_position_embeddings", None
-        )
-        return rows[0] if rows else min(int(made_for or _LENGTH), _LENGTH)
+        return rows[0] if rows else min(made_for(self.model) or _LENGTH, _LENGTH)
 
     def _progress(self, what: str, total: int, unit: Literal["bytes", "tokens"] = "tokens") -> Any:
         if not self.ranks.is_first:
@@ -276,6 +273,12 @@ _LENGTH = 2048
 
 def _nothing(n: int) -> None:
     """Progress of other ranks is shown by the first."""
+
+
+def made_for(model: MPT | HFCausalLM) -> int | None:
+    """Tokens that a model was made for, as its config says; None where it does not."""
+    found = getattr(model.config, "max_seq_len", None) or getattr(model.config, "max_position_embeddings", None)
+    return None if found is None else int(found)
 
 
 def vocab_size(model: MPT | HFCausalLM) -> int:

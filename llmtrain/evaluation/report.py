@@ -3,7 +3,8 @@
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def write_results(stem: Path, content: dict[str, Any], found: Sequence[Evaluated
     """Write STEM.json, .txt, .csv (losses by position) and .png, each atomically; returns their paths."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     names = [stem.with_name(stem.name + suffix) for suffix in (".json", ".txt", ".csv", ".png")]
-    _replace(names[0], json.dumps(content, indent=2) + "\n")
+    _replace(names[0], json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
     text = io.StringIO()
     print_results(Console(file=text), found)
     _replace(names[1], "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n")
@@ -58,6 +59,15 @@ def write_results(stem: Path, content: dict[str, Any], found: Sequence[Evaluated
         names[2].unlink(missing_ok=True)  # of an earlier evaluation
     draw_results(found, names[3])
     return [name for name in names if name.is_file()]
+
+
+def _finite(value: Any) -> Any:
+    """Infinite perplexities and losses that are no numbers as null: JSON has neither."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _csv(found: Sequence[Evaluated]) -> str:

@@ -14,6 +14,7 @@ from llmtrain.errors import UserError
 from llmtrain.evaluation.command import eval_command
 from llmtrain.evaluation.evaluate import n_targets
 from llmtrain.evaluation.ranks import Ranks
+from llmtrain.evaluation.results import TaskResults
 from llmtrain.evaluation.sharded import load_model
 from llmtrain.evaluation.source import find
 from llmtrain.evaluation.tokens import ShardTokens, folder_of_shards
@@ -210,6 +211,39 @@ def test_tasks(run: Path, repository: Path, tmp_path: Path) -> None:
     both, _ = evaluate(run, tasks=[tasks], num_fewshot=1, data=[tmp_path / "a.txt"])
     assert both["tasks"] == found["tasks"]
     assert both["lengths"][0]["bytes"] == 9
+
+
+@pytest.mark.parametrize(("lengths", "expected"), [([], 64), ([48], 48)])
+def test_tasks_are_put_at_the_length_that_the_model_was_made_for(
+    run: Path, repository: Path, monkeypatch: pytest.MonkeyPatch, lengths: list[int], expected: int
+) -> None:
+    seen = []
+
+    def noting(model, tokenizer, cfg, *arguments, **settings) -> TaskResults:
+        seen.append(cfg.icl_seq_len)
+        return TaskResults()
+
+    monkeypatch.setattr("llmtrain.evaluation.icl.run.run_icl", noting)
+    evaluate(run, tasks=[str(repository / "yamls" / "eval" / "icl" / "tasks.yaml")], lengths=lengths)
+    assert seen == [expected]
+
+
+def test_what_is_known_stays_when_the_next_model_fails(run: Path, corpus: TinyCorpus, tmp_path: Path) -> None:
+    path = recipe_of_two(
+        tmp_path, run, corpus, eval_loader={"name": "text_files", "files": str(tmp_path / "notes.txt")}
+    )
+    run.with_name("ep0-ba6.pt").write_bytes(b"broken")
+    with pytest.raises(UserError, match=r"ep0-ba6\.pt"):
+        evaluate(path, "eval_subset_num_batches=1")
+    (only,) = json.loads((tmp_path / "eval" / "both.json").read_text())["models"]
+    assert only["source"] == "x/ep0-ba5.pt"
+    assert only["lengths"][0]["loss"] > 0
+
+
+def test_a_place_without_room_for_results_is_refused_first(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("import os")
+    with pytest.raises(UserError, match=r"a\.txt/b: cannot be written"):
+        evaluate(run, data=[tmp_path / "a.txt"], output=tmp_path / "a.txt" / "b")
 
 
 def test_mistakes_of_recipes_and_tasks(

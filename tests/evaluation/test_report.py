@@ -86,6 +86,15 @@ def test_files(tmp_path: Path) -> None:
     assert not (tmp_path / "eval" / "a.b.csv").exists()  # it would be of the evaluation before
 
 
+def test_infinity_is_no_json(tmp_path: Path) -> None:
+    found = [evaluated("ours", 2000.0, float("nan"))]
+    written = write_results(tmp_path / "a", found[0].as_dict(), found)
+    read = json.loads(written[0].read_text(), parse_constant=lambda name: 1 / 0)
+    assert read["lengths"][0]["loss"] == 2000
+    assert read["lengths"][0]["perplexity"] is None
+    assert read["tasks"][0]["value"] is None
+
+
 def test_results_of_several_engines() -> None:
     one, two = evaluated("a", 1.0, 0.5).tasks, TaskResults([TaskResult("b", None, "acc", 1.0)], {"x": 1.0}, {"icl": 1})
     both = merged([one, two])

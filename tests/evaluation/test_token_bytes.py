@@ -32,7 +32,7 @@ def test_where_ids_do_not_tell_it_is_said(kind: str) -> None:
     raw.decoder = decoders.ByteLevel() if kind == "prefix" else decoders.WordPiece()
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=kind == "prefix")
     with pytest.raises(UnknownBytes, match="blank before" if kind == "prefix" else "not byte-level"):
-        bytes_of_ids(PreTrainedTokenizerFast(tokenizer_object=raw), 10)
+        bytes_of_ids(PreTrainedTokenizerFast(tokenizer_object=raw, add_prefix_space=kind == "prefix"), 10)
 
 
 def ends(raw: Tokenizer, text: str) -> np.ndarray:
