@@ -73,9 +73,20 @@ def write_best(folder: Path, best: Best, staging: Path) -> None:
     record, link = staging / RECORD, staging / BEST
     record.write_text(json.dumps(best.model_dump(), indent=1) + "\n", encoding="utf-8")
     record.replace(folder / RECORD)
-    link.unlink(missing_ok=True)
-    link.symlink_to(best.checkpoint)
-    link.replace(folder / BEST)
+    _link(folder, best, link)
+
+
+def mend_link(folder: Path, best: Best) -> None:
+    """Have the link agree with the record, where a run was killed between the two."""
+    link = folder / BEST
+    if not link.is_symlink() or str(link.readlink()) != best.checkpoint:
+        _link(folder, best, folder / f".{BEST}.writing")
+
+
+def _link(folder: Path, best: Best, temporary: Path) -> None:
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(best.checkpoint)
+    temporary.replace(folder / BEST)
 
 
 def forget_best(folder: Path) -> None:

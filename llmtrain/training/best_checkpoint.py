@@ -6,7 +6,7 @@ import torch
 from composer import Callback, Logger, State
 
 from llmtrain.checkpoint import manifest
-from llmtrain.checkpoint.best import Best, BestCheckpointConfig, forget_best, read_best
+from llmtrain.checkpoint.best import Best, BestCheckpointConfig, forget_best, mend_link, read_best
 from llmtrain.errors import UserError
 from llmtrain.training.agreement import from_rank_zero
 from llmtrain.training.checkpoint_saver import CheckpointSaver
@@ -87,6 +87,7 @@ class BestCheckpoint(Callback):  # type: ignore[misc]
         elif problems := manifest.verify_sizes(folder / known.checkpoint):
             reason = problems[0]
         if reason is None:
+            mend_link(folder, known)
             return known
         if reason:
             say(f"best_checkpoint: {known.checkpoint} is no longer the best: {reason}")
