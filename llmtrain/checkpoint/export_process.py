@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 import traceback
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -136,6 +137,8 @@ def main(path: str) -> int:
     if request.parent is not None and os.getppid() != request.parent:  # killed before that
         return 2
     os.nice(10)
+    with suppress(OSError):  # where memory runs out, the kernel shall end this process and not the training
+        Path("/proc/self/oom_score_adj").write_text("1000")
     answer = run(request)
     file = Path(request.answer)
     temporary = file.with_suffix(".tmp")

@@ -95,7 +95,8 @@ class BackgroundExport:
             with suppress(OSError):  # somebody cleans up in TMPDIR
                 tail = (self._folder / "log").read_text(errors="replace").strip().splitlines()[-5:]
             code = self._process.returncode
-            how = f"signal {-code}" if code < 0 else f"exit code {code}"
+            killed = "signal 9: perhaps there was no memory left" if code == -9 else f"signal {-code}"
+            how = killed if code < 0 else f"exit code {code}"
             found = Answer("; ".join([f"the exporting process ended without an answer ({how})", *tail]))
         self._clean()
         return found

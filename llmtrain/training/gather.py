@@ -1,5 +1,6 @@
 """Weights of a running training, whole, on rank 0's host: one tensor at a time."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,12 +55,13 @@ def gather(model: Any, dtype: str, folder: Path | None, problem: str | None = No
         if folder is None:
             return made.problem
         shapes = {name: (value.shape, _target_dtype(value, wanted)) for name, value in state.items()}
-        need = sum(shape.numel() * kind.itemsize for shape, kind in shapes.values())
+        need = _needed(state, wanted)
         # Pages come into being when they are filled; too late then for anything but the end of the training.
         if (free := available_memory()) is not None and need > free - _RESERVE:
+            less = "Take precision: bfloat16, or give" if wanted == torch.float32 else "Give"
             made.problem = (
-                f"a copy of the weights takes {need / 1e9:.2f} GB of memory on rank 0, which has {free / 1e9:.2f} GB "
-                "left. Take precision: bfloat16, or give the job more memory."
+                f"an export of the weights takes {need / 1e9:.2f} GB of memory on rank 0, which has "
+                f"{free / 1e9:.2f} GB left. {less} the job more memory."
             )
             return made.problem
         try:
@@ -84,25 +86,35 @@ def gather(model: Any, dtype: str, folder: Path | None, problem: str | None = No
     return made
 
 
-def size_of_a_copy(model: Any, dtype: str) -> int:
-    """Bytes that :func:`gather` takes on rank 0 (a collective call).
+def memory_of_an_export(model: Any, dtype: str) -> int:
+    """Bytes that the copy, and the process that reads it, take on rank 0's host (a collective call).
 
     Args:
         model: the trainer's.
         dtype: as for :func:`gather`.
     """
-    wanted = _final_dtype(model, dtype)
     state: dict[str, Any] = get_model_state_dict(model)
-    return sum(value.numel() * _target_dtype(value, wanted).itemsize for value in state.values())
+    return _needed(state, _final_dtype(model, dtype))
+
+
+def _needed(state: Mapping[str, Any], final: torch.dtype | None) -> int:
+    """Bytes of a copy, and of what is read of it at once.
+
+    The proof of an MPT holds its largest tensor twice in float32; other models are opened and merged whole, which takes
+    two more of them.
+    """
+    copy = sum(value.numel() * _target_dtype(value, final).itemsize for value in state.values())
+    largest = max((value.numel() for value in state.values()), default=0)
+    return copy + 2 * torch.float32.itemsize * largest if final is not None else 3 * copy
 
 
 def memory_line(need: int) -> str:
     """What an export takes of rank 0's memory, and whether it is there now.
 
     Args:
-        need: bytes of a copy.
+        need: bytes.
     """
-    line = f"exports     each copies the weights into {need / 1e9:.2f} GB of memory on rank 0"
+    line = f"exports     each takes {need / 1e9:.2f} GB of memory on rank 0"
     free = available_memory()
     if free is None:
         return line

@@ -18,7 +18,7 @@ from llmtrain.training.agreement import from_rank_zero, from_rank_zero_in_turns
 from llmtrain.training.background_export import BackgroundExport
 from llmtrain.training.environment import say
 from llmtrain.training.export_place import ExportPlace
-from llmtrain.training.gather import Gathered, gather, memory_line, size_of_a_copy
+from llmtrain.training.gather import Gathered, gather, memory_line, memory_of_an_export
 from llmtrain.training.last_mile import destinations, exercise
 from llmtrain.training.preemption import Preempted
 from llmtrain.training.resume import save_folder as checkpoints_of
@@ -106,7 +106,7 @@ class HuggingFaceCheckpointer(Callback):  # type: ignore[misc]
             say(line)
         for line in from_rank_zero_in_turns(lambda: destinations(self._recipe), _TURN):
             say(line)
-        need = size_of_a_copy(state.model, self.precision)
+        need = memory_of_an_export(state.model, self.precision)
         say(from_rank_zero(lambda: memory_line(need)))
         cut_off, self._unfinished = self._unfinished, []
         for export in cut_off:

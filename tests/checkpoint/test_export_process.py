@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 
 from llmtrain.checkpoint.export_process import Request
@@ -48,3 +49,16 @@ def test_a_training_that_ended_before_the_process_could_watch_it(tmp_path: Path)
     command = [sys.executable, "-m", "llmtrain.checkpoint.export_process", str(tmp_path / "request.json")]
     assert subprocess.run(command, check=False).returncode == 2
     assert not (tmp_path / "answer.json").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux's out-of-memory killer")
+def test_the_kernel_ends_it_before_the_training(tmp_path: Path) -> None:
+    asked = Request(str(tmp_path), str(tmp_path / "out"), "float32", True, False, str(tmp_path / "answer.json"))
+    asked.write(tmp_path / "request.json")
+    code = (
+        "import sys; from pathlib import Path; from llmtrain.checkpoint import export_process as it\n"
+        "it.run = lambda request: it.Answer(Path('/proc/self/oom_score_adj').read_text().strip())\n"
+        "it.main(sys.argv[1])"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "request.json")], check=True)
+    assert json.loads((tmp_path / "answer.json").read_text())["problem"] == "1000"

@@ -7,7 +7,7 @@ import pytest
 from llmtrain.model.config import MPTConfig
 from llmtrain.model.mpt import MPT
 from llmtrain.training import gather as gathering
-from llmtrain.training.gather import gather, memory_line, size_of_a_copy
+from llmtrain.training.gather import gather, memory_line, memory_of_an_export
 from llmtrain.training.host_memory import available_memory
 from llmtrain.training.language_model import LanguageModel
 
@@ -54,9 +54,10 @@ def test_a_copy_that_does_not_fit_is_not_begun(tmp_path: Path, monkeypatch: pyte
 def test_what_exports_will_take_is_said_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
     config = MPTConfig(d_model=32, n_heads=4, n_layers=1, vocab_size=300, max_seq_len=16)
     model = LanguageModel(MPT(config, device="cpu"), config)
-    numbers = sum(value.numel() for value in model.state_dict().values())
-    assert size_of_a_copy(model, "float32") == 4 * numbers
-    assert size_of_a_copy(model, "bfloat16") == 2 * numbers
+    sizes = [value.numel() for value in model.state_dict().values()]
+    proof = 8 * 300 * 32  # the embedding twice, in float32
+    assert memory_of_an_export(model, "float32") == 4 * sum(sizes) + proof
+    assert memory_of_an_export(model, "bfloat16") == 2 * sum(sizes) + proof
     assert "WARNING" not in memory_line(1000)
     monkeypatch.setattr(gathering, "available_memory", lambda: 20_000_000_000)
     assert "27.00 GB of memory on rank 0 (20.0 GB are free now). WARNING: not enough" in memory_line(27_000_000_000)
