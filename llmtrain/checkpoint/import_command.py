@@ -12,7 +12,7 @@ from llmtrain.checkpoint.hugging_face import is_hugging_face_folder
 from llmtrain.checkpoint.read import read_weights, recipe_of
 from llmtrain.checkpoint.sharded_writer import write_sharded
 from llmtrain.checkpoint.source import TOKENIZER, Source, open_source
-from llmtrain.checkpoint.staging import move_into_place, staging
+from llmtrain.checkpoint.staging import move_into_place, refuse_place, staging
 from llmtrain.checkpoint.tokenizer_files import copy_tokenizer, tokenizer_folder
 from llmtrain.checkpoint.torch_file_writer import write_torch_file
 from llmtrain.checkpoint.weights import Weights
@@ -77,6 +77,7 @@ def import_weights(
     """
     if to not in get_args(To):
         raise UserError(f"--to {to}: use one of {', '.join(get_args(To))}.")
+    refuse_place(target)
     _refuse_taken(target, overwrite)
     opened = open_source(source, recipe)
     if target.exists() and target.resolve() == opened.path.resolve():

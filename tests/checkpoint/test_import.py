@@ -317,3 +317,13 @@ class TestCommand:
             assert "__0_0.distcp: hash differs" in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
         assert not list(tmp_path.glob(".out*"))
+
+
+def test_the_folder_that_we_are_in_is_refused_before_the_work(
+    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.save()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(UserError, match="is the folder that you are in"):
+        import_weights(run.folder, Path())

@@ -215,8 +215,8 @@ class TestHub:
         del hub.repositories["me/model"][".gitattributes"]
         assert hub.repositories["me/model"] == content(export)
         assert len(hub.commits) == 1
-        # A second one replaces weights that are no part of it, and leaves what else is there.
-        hub.repositories["me/model"]["picture.png"] = b"x"
+        # A second one replaces what readers would open with it and is no part of it, and leaves what else is there.
+        hub.repositories["me/model"] |= {"picture.png": b"x", "adapter_config.json": b"{}", "chat_template.jinja": b"x"}
         (export / "model-00002-of-00002.safetensors").rename(export / "model-00002-of-00003.safetensors")
         push(export, "hf://me/model")
         assert hub.repositories["me/model"] == content(export) | {"picture.png": b"x"}
