@@ -103,8 +103,8 @@ def _needed(state: Mapping[str, Any], final: torch.dtype | None) -> int:
     The proof of an MPT holds its largest tensor twice in float32; other models are opened and merged whole, which takes
     two more of them.
     """
-    copy = sum(value.numel() * _target_dtype(value, final).itemsize for value in state.values())
-    largest = max((value.numel() for value in state.values()), default=0)
+    copy: int = sum(value.numel() * _target_dtype(value, final).itemsize for value in state.values())
+    largest: int = max((value.numel() for value in state.values()), default=0)
     return copy + 2 * torch.float32.itemsize * largest if final is not None else 3 * copy
 
 
