@@ -1,6 +1,5 @@
 """The record of the best checkpoint, and the link."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -20,9 +19,9 @@ def test_a_run_that_was_killed_between_record_and_link(tmp_path: Path, monkeypat
             write_best(tmp_path, best("ep0-ba9"), tmp_path / "staging")
     known = read_best(tmp_path)
     assert known is not None
-    assert (known.checkpoint, os.readlink(tmp_path / "best")) == ("ep0-ba9", "ep0-ba5")
+    assert (known.checkpoint, (tmp_path / "best").readlink()) == ("ep0-ba9", Path("ep0-ba5"))
     mend_link(tmp_path, known)
-    assert os.readlink(tmp_path / "best") == "ep0-ba9"
+    assert (tmp_path / "best").readlink() == Path("ep0-ba9")
     forget_best(tmp_path)
     mend_link(tmp_path, known)  # the link alone was lost, in a copy of the run for example
     assert {path.name for path in tmp_path.iterdir()} == {"best", "staging"}
