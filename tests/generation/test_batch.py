@@ -339,7 +339,7 @@ class TestResuming:
 
     def test_killed_in_the_middle(self, exported: Path, tmp_path: Path) -> None:
         """Greedy and sampled lines."""
-        source = many(tmp_path / "in.jsonl", 200)
+        source = many(tmp_path / "in.jsonl", 90)
         whole = self.run(exported, source, tmp_path / "whole.jsonl")
         target = tmp_path / "out.jsonl"
         partial = tmp_path / "out.jsonl.partial"
