@@ -28,8 +28,8 @@ _LAST = (
     "config.json",
 )
 """What readers look for first, in the order in which it is written, after all other files."""
-_TRIALS = 3
-"""Attempts of :func:`reach`: other ranks wait for it."""
+TRIALS = 3
+"""Attempts of :func:`reach`: a training waits for it."""
 _PART = 8 * 1024 * 1024  # boto3's, of uploads in parts
 
 
@@ -260,8 +260,8 @@ def reach(destination: str) -> str:
     shown = without_password(destination)
     store, _, path = open_store(destination.rstrip("/") + "/")
     try:
-        persistently(lambda: store.put(path + name, b"x"), f"writing to {shown}", most=_TRIALS)
-        persistently(lambda: store.remove(path + name), f"removing from {shown}", most=_TRIALS)
+        persistently(lambda: store.put(path + name, b"x"), f"writing to {shown}", most=TRIALS)
+        persistently(lambda: store.remove(path + name), f"removing from {shown}", most=TRIALS)
     except FileNotFoundError as problem:
         raise UserError(f"{shown}: there is no such bucket or folder ({problem})") from None
     return f"{shown}: can be written"

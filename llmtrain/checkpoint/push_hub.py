@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from llmtrain.checkpoint.exported_files import of_an_export
-from llmtrain.checkpoint.push import Pushed
+from llmtrain.checkpoint.push import TRIALS, Pushed
 from llmtrain.config.secrets import MASK
 from llmtrain.errors import UserError
 from llmtrain.prep.stores.retry import persistently
@@ -75,7 +75,7 @@ def reach_hub(destination: str) -> str:
     """
     repository_of(destination)
     api, token = _api()
-    who = _persistently(lambda: dict(api.whoami()), f"asking the hub about {destination}", token)
+    who = _persistently(lambda: dict(api.whoami()), f"asking the hub about {destination}", token, most=TRIALS)
     role = ((who.get("auth") or {}).get("accessToken") or {}).get("role")
     if role == "read":
         raise UserError(f"{destination}: the token in HF_TOKEN can only read. Make one that writes, on the hub's page.")
@@ -124,7 +124,7 @@ def _problem(file: Path, there: Any) -> str | None:
     return None if same else f"{file.name} has another hash"
 
 
-def _persistently(action: Callable[[], T], doing: str, token: str) -> T:
+def _persistently(action: Callable[[], T], doing: str, token: str, most: int | None = None) -> T:
     """Again after a growing pause where the hub or the way to it fails.
 
     Raises:
@@ -136,7 +136,7 @@ def _persistently(action: Callable[[], T], doing: str, token: str) -> T:
             return action()
 
     try:
-        return persistently(once, doing)
+        return persistently(once, doing, most=most)
     except FileNotFoundError as problem:
         raise UserError(f"{doing}: {problem}") from None
 

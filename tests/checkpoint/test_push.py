@@ -255,3 +255,8 @@ class TestHub:
         hub.role = "read"
         with pytest.raises(UserError, match="can only read"):
             reach("hf://me/model")
+
+    def test_trying_a_place_does_not_take_as_long_as_a_push(self, hub: FakeHub) -> None:
+        hub.failures = {"/whoami": [500] * 9}
+        with pytest.raises(UserError, match="failed 3 times"):
+            reach("hf://me/model")
