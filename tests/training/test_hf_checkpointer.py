@@ -83,6 +83,8 @@ def test_a_sharded_run_exports_and_outlives_an_export_that_fails(corpus: TinyCor
     assert "tokens seen: 2,048" in card.content
     assert SECRET not in card.content
     assert (tmp_path / "elsewhere" / "ba4" / "config.json").is_file()
+    assert '"source": "x/ep0-ba4"' in (tmp_path / "elsewhere" / "ba4" / "llmtrain_export.json").read_text()
+    assert "exports     each takes 0.00 GB of memory on rank 0 (" in run.output
     assert left_behind(tmp_path) == []
 
 
