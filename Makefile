@@ -12,7 +12,7 @@ RANKS    ?= 2
 TEST     ?=
 # Of the recipes of train and twins, for a quick look: make train OVERRIDES=max_duration=100ba
 OVERRIDES ?=
-WORKERS  ?= 3
+WORKERS  ?= 4
 
 .PHONY: setup train twins storywriter test test-long test-pip lint clean
 

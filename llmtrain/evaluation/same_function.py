@@ -53,7 +53,7 @@ def check_same_tokens(wanted: "PreTrainedTokenizerFast", stored: "PreTrainedToke
     """
     theirs = stored.get_vocab()
     ours = wanted.get_vocab()
-    for token, number in ours.items():
+    for token, number in sorted(ours.items(), key=lambda item: item[1]):
         if theirs.get(token, number) != number:
             raise UserError(
                 f"{where}: `tokenizer` {wanted.name_or_path} is not the one of these weights: {token!r} is {number} in "

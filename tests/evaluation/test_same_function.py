@@ -44,7 +44,7 @@ def tokenizer(vocab: dict[str, int]) -> PreTrainedTokenizerFast:
 def test_a_tokenizer_with_other_ids_is_refused() -> None:
     stored = tokenizer({"a": 0, "b": 1})
     check_same_tokens(tokenizer({"a": 0, "b": 1, "c": 2}), stored, "x")  # a template's tokens were added
-    with pytest.raises(UserError, match=r"'a' is 1 in it and 0 beside the weights"):
+    with pytest.raises(UserError, match=r"'b' is 0 in it and 1 beside the weights"):
         check_same_tokens(tokenizer({"b": 0, "a": 1}), stored, "x")
     with pytest.raises(UserError, match="no token in common"):
         check_same_tokens(tokenizer({"c": 0}), tokenizer({"d": 1}), "x")

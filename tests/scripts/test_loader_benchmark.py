@@ -11,6 +11,7 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmark" / "loader.py"
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_benchmark_runs(tmp_path: Path) -> None:
     out = tmp_path / "loader"
     few = ["--rows", "64", "--rounds", "2", "--workers", "0", "1", "--out", str(out)]

@@ -67,6 +67,7 @@ def test_a_command_that_fails_is_no_figure(load, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_tiny_run(tmp_path: Path) -> None:
     out = tmp_path / "prep"
     command = [sys.executable, str(FOLDER / "prep.py"), "--sizes", "0.3:1", "0.6:1", "--vocab-size", "600"]

@@ -79,6 +79,7 @@ def test_models_by_name(step: ModuleType) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_small_run(tmp_path: Path) -> None:
     out = tmp_path / "step"
     models = ["llmtrain", "transformers"]
