@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, field_v
 from llmtrain.config.base import Config, mistake
 from llmtrain.evaluation.harness_config import HarnessConfig
 from llmtrain.evaluation.icl.config import Gauntlet, ICLConfig, Tasks, refuse_repeated
-from llmtrain.recipe.recipe import FinetuningEvalLoader, ModelConfig, TextEvalLoader
+from llmtrain.recipe.recipe import FinetuningEvalLoader, ModelConfig, TextEvalLoader, refuse_same_labels
 from llmtrain.tokenizer import TokenizerConfig
 from llmtrain.training.fsdp import FSDPConfig
 
@@ -159,12 +159,7 @@ class EvalRecipe(Config):
 
     @model_validator(mode="after")
     def _names_differ(self) -> Self:
-        labels = [loader.label for loader in self.eval_loader]
-        for index, label in enumerate(labels):
-            if len(labels) > 1 and label is None:
-                raise mistake("With several loaders each needs a `label`.", f"eval_loader.{index}.label")
-            if label in labels[:index]:
-                raise mistake("Two loaders have this label.", f"eval_loader.{index}.label")
+        refuse_same_labels([loader.label for loader in self.eval_loader])
         for index, loader in enumerate(self.eval_loader):
             if getattr(loader, "subset_num_batches", None) is not None:
                 raise mistake(

@@ -1,6 +1,6 @@
 """The training recipe: every key that a training YAML may have. Names and meanings are llm-foundry's. Light."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, field_validator, model_validator
@@ -57,6 +57,15 @@ EvalLoader = Annotated[TextEvalLoader | FinetuningEvalLoader, Field(discriminato
 
 LOSS_METRICS = ("LanguageCrossEntropy", "LanguagePerplexity", "TokenAccuracy")
 """What an evaluation loader is measured by."""
+
+
+def refuse_same_labels(labels: Sequence[str | None]) -> None:
+    """Refuse a list of evaluation loaders whose results could not be told apart."""
+    for index, label in enumerate(labels):
+        if len(labels) > 1 and label is None:
+            raise mistake("With several loaders each needs a `label`.", f"eval_loader.{index}.label")
+        if label in labels[:index]:
+            raise mistake("Two loaders have this label.", f"eval_loader.{index}.label")
 
 
 def _as_list(value: Any) -> Any:
@@ -342,12 +351,7 @@ class Recipe(Config):
 
     @model_validator(mode="after")
     def _labels_differ(self) -> Self:
-        labels = [loader.label for loader in self.eval_loader]
-        for index, label in enumerate(labels):
-            if len(labels) > 1 and label is None:
-                raise mistake("With several loaders each needs a `label`.", f"eval_loader.{index}.label")
-            if label in labels[:index]:
-                raise mistake("Two loaders have this label.", f"eval_loader.{index}.label")
+        refuse_same_labels([loader.label for loader in self.eval_loader])
         return self
 
     @model_validator(mode="after")

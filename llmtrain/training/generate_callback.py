@@ -17,6 +17,7 @@ from llmtrain.generation.decoder import decoder_for
 from llmtrain.generation.samples import SamplePrompt, sample
 from llmtrain.generation.sampling import Sampling
 from llmtrain.training.environment import say_each
+from llmtrain.training.rows_by_step import add_rows, forget_later_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -108,8 +109,8 @@ class GenerateCallback(Callback):  # type: ignore[misc]
     def after_load(self, state: State, logger: Logger) -> None:
         """Drops the samples of steps that are going to be taken again."""
         step = int(state.timestamp.batch)
-        if dist.get_global_rank() == 0 and self._file is not None and self._file.exists():
-            self._write([row for row in _read(self._file) if 0 < step >= row["step"]])
+        if dist.get_global_rank() == 0 and self._file is not None:
+            forget_later_rows(self._file, step)
 
     def _generate(self, state: State, logger: Logger, step: int) -> None:
         assert self._tokenizer is not None
@@ -129,16 +130,9 @@ class GenerateCallback(Callback):  # type: ignore[misc]
         if dist.get_global_rank() != 0:
             return
         if self._file is not None:
-            earlier = [row for row in _read(self._file) if row["step"] != step] if self._file.exists() else []
-            self._write([*earlier, *rows])
+            add_rows(self._file, step, rows)
         columns = ["step", "prompt", "completion", "finish_reason"]
         logger.log_table(columns, [[row[key] for key in columns] for row in rows], name="generations", step=step)
-
-    def _write(self, rows: list[dict[str, Any]]) -> None:
-        assert self._file is not None
-        temporary = self._file.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        temporary.replace(self._file)
 
 
 def _prompt(given: str | Mapping[str, str] | Sequence[Mapping[str, str]], conversations: bool) -> SamplePrompt:
@@ -151,16 +145,6 @@ def _language_model(state: State) -> nn.Module:
     """The module that FSDP has sharded as the root: what `llmtrain.training.language_model` wraps."""
     model: nn.Module = (state.model.module if state.is_model_ddp else state.model).model
     return model
-
-
-def _read(file: Path) -> list[dict[str, Any]]:
-    rows = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:  # a line that a crash cut off
-            continue
-    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]
 
 
 def _shown(row: Mapping[str, Any]) -> list[str]:

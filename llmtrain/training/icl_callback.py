@@ -5,7 +5,6 @@ A task's evaluator has a single batch, which names the task. `LanguageModel.eval
 the model, each rank its share, and comes back with the same results on all ranks.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +26,7 @@ from llmtrain.evaluation.ranks import Ranks
 from llmtrain.recipe.recipe import Recipe
 from llmtrain.training.agreement import from_all_ranks
 from llmtrain.training.environment import say
+from llmtrain.training.rows_by_step import add_rows, forget_later_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -213,8 +213,8 @@ class EvalOutputLogging(Callback):  # type: ignore[misc]
     def after_load(self, state: State, logger: Logger) -> None:
         """Drops what steps have left that are going to be taken again."""
         step = int(state.timestamp.batch)
-        if dist.get_global_rank() == 0 and self._file is not None and self._file.exists():
-            self._write([row for row in _read(self._file) if 0 < step >= row["step"]])
+        if dist.get_global_rank() == 0 and self._file is not None:
+            forget_later_rows(self._file, step)
 
     def eval_after_all(self, state: State, logger: Logger) -> None:
         self._log(state, logger)
@@ -241,24 +241,7 @@ class EvalOutputLogging(Callback):  # type: ignore[misc]
                         "right": outcome.right,
                     }
                 )
-        earlier = [row for row in _read(self._file) if row["step"] != step] if self._file.exists() else []
-        self._write([*earlier, *rows])
+        add_rows(self._file, step, rows)
         if rows:
             columns = list(rows[0])
             logger.log_table(columns, [[str(row[c]) for c in columns] for row in rows], name="eval_outputs", step=step)
-
-    def _write(self, rows: Sequence[dict[str, Any]]) -> None:
-        assert self._file is not None
-        temporary = self._file.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        temporary.replace(self._file)
-
-
-def _read(file: Path) -> list[dict[str, Any]]:
-    rows = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:  # a line that a crash cut off
-            continue
-    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]
