@@ -50,7 +50,8 @@ def identity(path):
 
 
 @pytest.mark.slow
-def test_killed_at_twenty_random_moments(corpus, digest):
+@pytest.mark.parametrize("n_kills", [8, pytest.param(20, marks=pytest.mark.long)])
+def test_killed_at_random_moments(corpus, digest, n_kills):
     """Nothing looks complete before it is, nothing finished is done again, and the bytes are those of a quiet run.
 
     Killed are by turns all processes, and the parent alone.
@@ -65,7 +66,7 @@ def test_killed_at_twenty_random_moments(corpus, digest):
     kills = completed = kept = 0
     finished: dict[str, tuple[int, int]] = {}
     subprocess.run(["rm", "-r", str(corpus.out)], check=True)
-    while kills < 20:
+    while kills < n_kills:
         process = start(file)
         try:
             process.wait(moments.uniform(0.05, 1.3) * usual)

@@ -160,7 +160,7 @@ def test_documents_one_by_one_are_refused() -> None:
 
 @pytest.mark.slow
 @pytest.mark.gloo_training
-@pytest.mark.parametrize("backend", [pytest.param("aot_eager", marks=pytest.mark.long), "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
 def test_a_sharded_run_with_checkpointing_is_the_uncompiled_one(
     backend: str, tmp_path: Path, corpus: TinyCorpus
 ) -> None:

@@ -225,6 +225,7 @@ def test_missing_data_is_an_error_before_the_first_step(corpus: TinyCorpus, tmp_
     assert "Traceback" not in run.output
 
 
+@pytest.mark.long  # launchers and ranks that import for themselves: the longest of these tests
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("unshare") is None, reason="needs root to separate the nodes")
 def test_two_nodes(corpus: TinyCorpus, tmp_path: Path) -> None:
     """The README's command for several nodes, with both nodes on this machine, each with shared memory of its own."""
