@@ -7,7 +7,7 @@ and pages that were looked at count as memory of the process; it writes only wha
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,21 +58,13 @@ class SafetensorsFile(Weights):
     def __init__(self, path: Path):
         self._path = path
         self._entries = _entries(path)
+        super().__init__(self._entries)
 
     def __getitem__(self, name: str) -> Tensor:
         entry = self._entries[name]
         tensor = torch.empty(entry.shape, dtype=entry.dtype)
         read_into(self._path, entry.offset, tensor)
         return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._entries
 
     def shape(self, name: str) -> torch.Size:
         """Of one tensor; reads nothing."""

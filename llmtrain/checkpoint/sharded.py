@@ -7,7 +7,6 @@ ever read.
 """
 
 import io
-from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 import torch
@@ -35,15 +34,7 @@ class ShardedTensors(Weights):
             for name, entry in self._metadata.state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata)
         }
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._tensors
+        super().__init__(self._tensors)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.read(name)

@@ -10,7 +10,7 @@ import io
 import struct
 import sys
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -137,18 +137,10 @@ class TorchFileTensors(Weights):
     def __init__(self, archive: Archive, tensors: Mapping[str, Tensor]):
         self._archive = archive
         self._tensors = dict(tensors)
+        super().__init__(self._tensors)
 
     def __getitem__(self, name: str) -> Tensor:
         return self._archive.read(self._tensors[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._tensors
 
     def shape(self, name: str) -> torch.Size:
         """Of one tensor; reads nothing."""

@@ -1,7 +1,7 @@
 """A model's tensors where they lie: each is read when it is asked for, so no one needs memory for all of them."""
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -14,7 +14,13 @@ class Weights(Mapping[str, Tensor]):
 
     Asking for a tensor reads the whole of it, on the CPU, in memory of its own and in the dtype that was saved; asking
     again reads it again, so whoever needs it twice keeps it. Names, shapes and dtypes cost nothing.
+
+    Args:
+        names: Of the tensors, in order.
     """
+
+    def __init__(self, names: Collection[str]):
+        self._listed = names
 
     @abstractmethod
     def __getitem__(self, name: str) -> Tensor:
@@ -33,15 +39,15 @@ class Weights(Mapping[str, Tensor]):
     def dtype(self, name: str) -> torch.dtype:
         """Of one tensor as it was saved; reads nothing."""
 
-    @abstractmethod
-    def __iter__(self) -> Iterator[str]: ...
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._listed)
 
-    @abstractmethod
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        return len(self._listed)
 
     def __contains__(self, name: object) -> bool:
         """Whether there is such a tensor (Mapping would read it to find out)."""
-        return any(name == own for own in self)
+        return name in self._listed
 
     def same_place(self, one: str, other: str) -> bool:
         """Whether two names are known to mean the same bytes, as those of a tied head; False where it is not known."""
@@ -65,18 +71,10 @@ class InMemory(Weights):
 
     def __init__(self, tensors: Mapping[str, Tensor]):
         self._tensors = dict(tensors)
+        super().__init__(self._tensors)
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._tensors
 
     def shape(self, name: str) -> torch.Size:
         """Of one tensor; reads nothing."""
@@ -102,18 +100,10 @@ class Renamed(Weights):
     def __init__(self, inner: Weights, names: Mapping[str, str]):
         self._inner = inner
         self._names = dict(names)
+        super().__init__(self._names)
 
     def __getitem__(self, name: str) -> Tensor:
         return self._inner[self._names[name]]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names
 
     def shape(self, name: str) -> torch.Size:
         """Of one tensor; reads nothing."""
@@ -142,18 +132,10 @@ class Joined(Weights):
                 if name in self._parts:
                     raise UserError(f"{where}: `{name}` is in two of its files.")
                 self._parts[name] = part
+        super().__init__(self._parts)
 
     def __getitem__(self, name: str) -> Tensor:
         return self._parts[name][name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._parts)
-
-    def __len__(self) -> int:
-        return len(self._parts)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._parts
 
     def shape(self, name: str) -> torch.Size:
         """Of one tensor; reads nothing."""

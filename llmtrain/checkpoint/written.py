@@ -1,7 +1,6 @@
 """The weights of a folder that was just written, read again by the libraries that users read them with."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +47,7 @@ class _Safetensors(Weights):
             slices = {name: file.get_slice(name) for name in names}
             self._shapes = {name: torch.Size(part.get_shape()) for name, part in slices.items()}
             self._dtypes = {name: _DTYPES[part.get_dtype()] for name, part in slices.items()}
+        super().__init__(self._shapes)
 
     def _open(self) -> Any:
         from safetensors import SafetensorError, safe_open
@@ -67,15 +67,6 @@ class _Safetensors(Weights):
             with self._open() as file:
                 whole[first : first + rows] = file.get_slice(name)[first : first + rows]
         return whole
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._shapes)
-
-    def __len__(self) -> int:
-        return len(self._shapes)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._shapes
 
     def shape(self, name: str) -> torch.Size:
         return self._shapes[name]

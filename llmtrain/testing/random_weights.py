@@ -1,7 +1,6 @@
 """Weights of any size that take no memory: each tensor is made when it is asked for, the same each time."""
 
 import zlib
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -23,20 +22,12 @@ class RandomWeights(Weights):
     def __init__(self, config: MPTConfig, dtype: torch.dtype, std: float = 0.02):
         self._shapes = expected_shapes(config)
         self._dtype, self._std = dtype, std
+        super().__init__(self._shapes)
 
     def __getitem__(self, name: str) -> Tensor:
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         value = torch.empty(self._shapes[name], dtype=self._dtype).normal_(0, self._std, generator=generator)
         return value.add_(1) if "norm" in name and name.endswith("weight") else value
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._shapes)
-
-    def __len__(self) -> int:
-        return len(self._shapes)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._shapes
 
     def shape(self, name: str) -> torch.Size:
         """Of one tensor; makes nothing."""

@@ -1,6 +1,6 @@
 """Weights whose tensors are rows of others', or several put together: what a fused ``Wqkv`` needs."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ class RowsOf(Weights):
         self._inner = inner
         self._parts = dict(parts)
         self._kept: tuple[str, Tensor] | None = None
+        super().__init__(self._parts)
 
     def __getitem__(self, name: str) -> Tensor:
         whole, first, end = self._parts[name]
@@ -35,15 +36,6 @@ class RowsOf(Weights):
         if end == self._kept[1].shape[0]:
             self._kept = None
         return part
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._parts)
-
-    def __len__(self) -> int:
-        return len(self._parts)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._parts
 
     def shape(self, name: str) -> torch.Size:
         """Of one tensor."""
@@ -66,19 +58,11 @@ class Stacked(Weights):
     def __init__(self, inner: Weights, parts: Mapping[str, tuple[str, ...]]):
         self._inner = inner
         self._parts = dict(parts)
+        super().__init__(self._parts)
 
     def __getitem__(self, name: str) -> Tensor:
         parts = self._parts[name]
         return self._inner[parts[0]] if len(parts) == 1 else torch.cat([self._inner[part] for part in parts])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._parts)
-
-    def __len__(self) -> int:
-        return len(self._parts)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._parts
 
     def shape(self, name: str) -> torch.Size:
         """Of one tensor."""
