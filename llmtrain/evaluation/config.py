@@ -8,7 +8,14 @@ from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, field_v
 from llmtrain.config.base import Config, mistake
 from llmtrain.evaluation.harness_config import HarnessConfig
 from llmtrain.evaluation.icl.config import Gauntlet, ICLConfig, Tasks, refuse_repeated
-from llmtrain.recipe.recipe import FinetuningEvalLoader, ModelConfig, TextEvalLoader, refuse_same_labels
+from llmtrain.recipe.recipe import (
+    FinetuningEvalLoader,
+    ModelConfig,
+    TextEvalLoader,
+    refuse_fp8,
+    refuse_odd_name,
+    refuse_same_labels,
+)
 from llmtrain.tokenizer import TokenizerConfig
 from llmtrain.training.fsdp import FSDPConfig
 
@@ -139,16 +146,12 @@ class EvalRecipe(Config):
     @field_validator("precision", mode="before")
     @classmethod
     def _no_fp8(cls, value: Any) -> Any:
-        if value == "amp_fp8":
-            raise ValueError("fp8 needs TransformerEngine layers, which MPT here has not. Use `amp_bf16`.")
-        return value
+        return refuse_fp8(value)
 
     @field_validator("run_name")
     @classmethod
     def _is_a_file_name(cls, value: str) -> str:
-        if value and (value.startswith(".") or value.strip() != value or any(sign in value for sign in "/\\{}")):
-            raise ValueError("It names files: no slashes, braces, blanks around it or dot at its start.")
-        return value
+        return refuse_odd_name(value, "files")
 
     @field_validator("models", "max_seq_len")
     @classmethod

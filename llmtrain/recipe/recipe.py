@@ -68,6 +68,20 @@ def refuse_same_labels(labels: Sequence[str | None]) -> None:
             raise mistake("Two loaders have this label.", f"eval_loader.{index}.label")
 
 
+def refuse_odd_name(value: str, what: str) -> str:
+    """Refuse a run_name that cannot be the name of `what` ("a folder") on a disk."""
+    if value and (value.startswith(".") or value.strip() != value or any(sign in value for sign in "/\\{}")):
+        raise ValueError(f"It names {what}: no slashes, braces, blanks around it or dot at its start.")
+    return value
+
+
+def refuse_fp8(value: Any) -> Any:
+    """Refuse the one precision of llm-foundry's that there is no layer for."""
+    if value == "amp_fp8":
+        raise ValueError("fp8 needs TransformerEngine layers, which MPT here has not. Use `amp_bf16`.")
+    return value
+
+
 def _as_list(value: Any) -> Any:
     return () if value is None else [value] if isinstance(value, Mapping) else value
 
@@ -331,16 +345,12 @@ class Recipe(Config):
     @field_validator("run_name")
     @classmethod
     def _is_a_folder_name(cls, value: str) -> str:
-        if value and (value.startswith(".") or value.strip() != value or any(sign in value for sign in "/\\{}")):
-            raise ValueError("It names a folder: no slashes, braces, blanks around it or dot at its start.")
-        return value
+        return refuse_odd_name(value, "a folder")
 
     @field_validator("precision", mode="before")
     @classmethod
     def _no_fp8(cls, value: Any) -> Any:
-        if value == "amp_fp8":
-            raise ValueError("fp8 needs TransformerEngine layers, which MPT here has not. Use `amp_bf16`.")
-        return value
+        return refuse_fp8(value)
 
     @model_validator(mode="after")
     def _schedule_fits(self) -> Self:
