@@ -7,7 +7,7 @@ from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, field_v
 
 from llmtrain.checkpoint.best import BestCheckpointConfig
 from llmtrain.config.base import Config, mistake
-from llmtrain.config.durations import Interval, RunLength, Span
+from llmtrain.config.durations import BatchesOrEpochs, Interval, RunLength, Span
 from llmtrain.data.config import TextDatasetConfig, TextLoaderConfig
 from llmtrain.data.finetuning.config import FinetuningLoaderConfig
 from llmtrain.evaluation.icl.config import Gauntlet, ICLConfig, Tasks, refuse_repeated
@@ -16,11 +16,13 @@ from llmtrain.model.config import MPTConfig
 from llmtrain.recipe.legacy import ADVICE, MICROBATCH_AUTO
 from llmtrain.tokenizer import TokenizerConfig
 from llmtrain.training.algorithms import AlgorithmsConfig
+from llmtrain.training.bad_steps_config import BadStepsConfig
 from llmtrain.training.callbacks import CallbacksConfig
 from llmtrain.training.fsdp import FSDPConfig, PrecisionByUse
 from llmtrain.training.loggers import LoggersConfig
 from llmtrain.training.optimizers import DecoupledLionWConfig, OptimizerConfig
 from llmtrain.training.schedulers import SchedulerConfig, units_problem
+from llmtrain.training.watchdog_config import WatchdogConfig
 
 ModelConfig = Annotated[MPTConfig | HFConfig, Field(discriminator="name")]
 """What may stand under `model`; `name` says which of them it is (loading takes MPT when it is left out)."""
@@ -206,6 +208,14 @@ class Recipe(Config):
     """CUDA allocator: segments that grow, against fragmentation."""
     cuda_load_lazy: bool = False
     """Load CUDA kernels when they are first used."""
+    deterministic: bool = False
+    """Only operations that give the same bits each time; slower. See docs/resume.md for what is the same without it."""
+
+    # When something goes wrong
+    bad_steps: BadStepsConfig = BadStepsConfig()
+    """Losses and gradients that are not finite, and jumps of the loss."""
+    watchdog: WatchdogConfig | None = WatchdogConfig()
+    """Names the rank that a run waits for, and ends a run that hangs; null does neither."""
 
     # Data
     train_loader: TrainLoader
@@ -240,6 +250,10 @@ class Recipe(Config):
     """How often; a plain number counts epochs. The end of the run is always saved."""
     save_num_checkpoints_to_keep: int = Field(default=-1, ge=-1)
     """The newest so many are kept; -1 keeps all."""
+    save_keep_every: BatchesOrEpochs | None = None
+    """Also keep the first checkpoint of each such span, for ever: `10000ba`."""
+    save_async: bool = True
+    """Write sharded checkpoints while training goes on; it waits for the copy of the state only."""
     best_checkpoint: BestCheckpointConfig | None = None
     """Also keep the best one: `checkpoints/best` is a link to it. `{}` watches the loss of `eval`."""
     save_overwrite: bool = False
