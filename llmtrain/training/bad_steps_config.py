@@ -20,7 +20,7 @@ class LossSpikeConfig(Config):
     """A loss far above the median of the last steps."""
 
     action: Literal["stop", "skip", "rewind"] = "rewind"
-    """`rewind` continues from the last checkpoint before the spike, and leaves out the updates of the data around it."""
+    """`rewind` continues from the last checkpoint before the spike, and leaves out the updates around it."""
     window: PositiveInt = 100
     """Steps that the median is taken over; nothing is a spike before there are so many."""
     threshold: float = Field(default=3.0, gt=0)
