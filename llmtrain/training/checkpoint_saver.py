@@ -3,7 +3,7 @@
 import shutil
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,6 +40,9 @@ class CheckpointSaver(Callback):  # type: ignore[misc]
 
     Attributes:
         protected: name of the checkpoint that `best` points to; it is never deleted and does not count for `keep`.
+        published_hooks: rank 0 calls each with a checkpoint's folder when that has got its final name, maybe from
+            another thread than the one that trains.
+        may_delete_hooks: rank 0 asks each before a checkpoint is deleted; one that says no keeps it for now.
     """
 
     def __init__(
@@ -63,6 +66,8 @@ class CheckpointSaver(Callback):  # type: ignore[misc]
         self.replaces = list(replaces)
         self._is_due = create_interval_scheduler(interval)
         self.protected: str | None = None
+        self.published_hooks: list[Callable[[Path], None]] = []
+        self.may_delete_hooks: list[Callable[[Path], bool]] = []
         self._due_at_epoch_end = False
         self._last_saved: tuple[int, int] | None = None
         self._wants_best: tuple[str, str, float] | None = None
@@ -102,6 +107,9 @@ class CheckpointSaver(Callback):  # type: ignore[misc]
     def epoch_checkpoint(self, state: State, logger: Logger) -> None:
         if self._is_due(state, Event.EPOCH_CHECKPOINT) or self._due_at_epoch_end or self._wants_best:
             self.save(state)
+
+    def finish(self) -> None:
+        """Waits for a save in flight, on all ranks (a collective call)."""
 
     def save(self, state: State) -> None:
         """Saves the state now, on all ranks (a collective call).
@@ -185,6 +193,8 @@ class CheckpointSaver(Callback):  # type: ignore[misc]
                 shutil.rmtree(old, ignore_errors=True)
         self.replaces = []
         self._link_best(name, int(state.timestamp.batch))
+        for hook in self.published_hooks:
+            hook(final)
         self._retain(final)
         shutil.rmtree(self.folder / STAGING, ignore_errors=True)
 
@@ -218,7 +228,8 @@ class CheckpointSaver(Callback):  # type: ignore[misc]
             and info.path.name != self.protected
         ]
         for old in good[max(self.keep, 1) - 1 :]:
-            shutil.rmtree(old)
+            if all(may(old) for may in self.may_delete_hooks):
+                shutil.rmtree(old)
 
 
 def free_space_warning(folder: Path, n_parameters: int, keep: int) -> str | None:
