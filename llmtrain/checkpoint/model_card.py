@@ -16,8 +16,8 @@ import yaml
 from llmtrain.checkpoint import manifest
 from llmtrain.checkpoint.model_card_facts import architecture, data, metrics, quantity
 from llmtrain.checkpoint.resolve import run_folder
-from llmtrain.config.secrets import redact
 from llmtrain.model.config import MPTConfig
+from llmtrain.redaction import redact
 
 CARD = "README.md"
 _LICENSE_ID = re.compile(r"[a-z0-9][a-z0-9.+-]*")

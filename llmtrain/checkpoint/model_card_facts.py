@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from llmtrain.config.secrets import redact
 from llmtrain.model.config import MPTConfig
+from llmtrain.redaction import redact
 
 _SHOWN_METRIC = re.compile(r"^(loss/train/total$|metrics/)")
 

@@ -13,12 +13,12 @@ from rich.console import Console
 from llmtrain.checkpoint import manifest
 from llmtrain.checkpoint.exported_files import CONFIGS, of_an_export, refuse_others_files
 from llmtrain.checkpoint.staging import refuse_place
-from llmtrain.data.shards import without_password
 from llmtrain.errors import UserError
 from llmtrain.prep.stores.open import open_store
 from llmtrain.prep.stores.retry import persistently
 from llmtrain.prep.stores.store import Store, StoredFile
 from llmtrain.progress import progress
+from llmtrain.redaction import without_password
 
 _LAST = (
     "llmtrain_export.json",

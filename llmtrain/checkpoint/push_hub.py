@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from llmtrain.checkpoint.exported_files import of_an_export
 from llmtrain.checkpoint.push import TRIALS, Pushed
-from llmtrain.config.secrets import MASK
 from llmtrain.errors import UserError
 from llmtrain.prep.stores.retry import persistently
+from llmtrain.redaction import MASK
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llmtrain.config.secrets import redact
+from llmtrain.redaction import redact
 
 MISSING = "-"
 """What stands for a key that a recipe does not have."""

@@ -12,8 +12,8 @@ from pydantic_core import ErrorDetails
 from llmtrain.config.base import Config
 from llmtrain.config.positions import COMMAND_LINE, Path, Position, Positions, dotted, lookup
 from llmtrain.config.schema_keys import branches, descend, fields_of, models_at, models_in, name_of, places_of
-from llmtrain.config.secrets import redact
 from llmtrain.errors import UserError
+from llmtrain.redaction import redact
 
 ABSENT = object()
 """The value of a key that is not there."""

@@ -26,10 +26,11 @@ from streaming.base.dataset import _Iterator, _ShardState
 from streaming.base.storage.download import CloudDownloader
 from streaming.base.world import World
 
-from llmtrain.data.shards import INDEX, check_columns, check_names, without_password
+from llmtrain.data.shards import INDEX, check_columns, check_names
 from llmtrain.data.shared_cache import CacheUse, in_turn
 from llmtrain.data.shared_names import closed_afterwards, gather, memories, own_names
 from llmtrain.errors import UserError
+from llmtrain.redaction import without_password
 
 log = logging.getLogger(__name__)
 

@@ -90,11 +90,6 @@ def check_columns(names: Sequence[str], encodings: Sequence[str], max_seq_len: i
         )
 
 
-def without_password(text: str) -> str:
-    """`scheme://user:password@host` without the password, for messages."""
-    return re.sub(r"(\w+://[^:/@\s]+):[^@/\s]+@", r"\1:***@", text)
-
-
 def _json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -15,7 +15,6 @@ import torch
 from rich.console import Console
 
 import llmtrain
-from llmtrain.config.secrets import redact
 from llmtrain.errors import UserError
 from llmtrain.evaluation import ranks as processes
 from llmtrain.evaluation.evaluate import TOKENS_IN_A_BATCH
@@ -29,6 +28,7 @@ from llmtrain.evaluation.sharded import load_model
 from llmtrain.evaluation.source import RECIPES, Place
 from llmtrain.hf_model.model import HFCausalLM
 from llmtrain.model.mpt import MPT
+from llmtrain.redaction import redact
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

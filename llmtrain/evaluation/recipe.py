@@ -8,9 +8,9 @@ from typing import Any
 import yaml
 
 from llmtrain.config.load import load
-from llmtrain.config.secrets import redact
 from llmtrain.evaluation.config import EvalRecipe
 from llmtrain.recipe.load import name_components, spread_length
+from llmtrain.redaction import redact
 
 _OF_TRAINING = ("max_duration", "optimizer", "train_loader", "scheduler", "global_train_batch_size")
 _OF_EVALUATION = ("models", "load_path", "model", "model_name", "harness", "icl_tasks", "eval_gauntlet")

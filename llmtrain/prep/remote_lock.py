@@ -13,11 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llmtrain.data.shards import without_password
 from llmtrain.errors import UserError
 from llmtrain.prep import storage
 from llmtrain.prep.stores.open import open_store
 from llmtrain.prep.stores.retry import persistently
+from llmtrain.redaction import without_password
 
 log = logging.getLogger(__name__)
 

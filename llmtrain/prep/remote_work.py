@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from pathlib import Path
 
-from llmtrain.data.shards import MANIFEST, check_names, without_password
+from llmtrain.data.shards import MANIFEST, check_names
 from llmtrain.errors import UserError
 from llmtrain.prep import storage
 from llmtrain.prep.in_threads import in_threads
@@ -15,6 +15,7 @@ from llmtrain.prep.remote_lock import remote_lock, require_not_lost
 from llmtrain.prep.scratch import scratch_folder
 from llmtrain.prep.stores.open import open_store
 from llmtrain.prep.stores.retry import persistently
+from llmtrain.redaction import without_password
 
 WORK = ".work"
 RECORD = ".files.json"

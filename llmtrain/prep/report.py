@@ -9,7 +9,6 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from llmtrain.data.shards import without_password
 from llmtrain.prep.config import PrepRecipe
 from llmtrain.prep.merge import Merged
 from llmtrain.prep.mixture import NAME as MIXTURE
@@ -19,6 +18,7 @@ from llmtrain.prep.readers import BadInput
 from llmtrain.prep.split import SplitCounts
 from llmtrain.prep.stages.config import Language, UserFunction
 from llmtrain.prep.storage import is_remote
+from llmtrain.redaction import without_password
 
 
 def print_nothing_to_do(console: Console, out: str | Path, done: Mapping[str, Any]) -> None:

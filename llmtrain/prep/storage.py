@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from llmtrain.data.shards import without_password
 from llmtrain.errors import UserError
 from llmtrain.prep.stores.open import open_store
 from llmtrain.prep.stores.remote_file import RemoteFile
 from llmtrain.prep.stores.retry import persistently
 from llmtrain.prep.stores.store import Changed, StoredFile
+from llmtrain.redaction import without_password
 
 
 class FileInfo(NamedTuple):

@@ -7,13 +7,13 @@ from pathlib import Path
 import yaml
 
 from llmtrain.config.durations import parse
-from llmtrain.config.secrets import redact
 from llmtrain.hf_model.config import HFConfig
 from llmtrain.model.config import MPTConfig
 from llmtrain.model.flops import flops_per_token, n_params
 from llmtrain.recipe.batch import batch_plan
 from llmtrain.recipe.load import load_recipe
 from llmtrain.recipe.recipe import Recipe
+from llmtrain.redaction import redact
 
 
 def check(path: str | Path, overrides: Sequence[str] = (), *, last_mile: bool = False) -> str:

@@ -19,7 +19,7 @@ from composer.loggers import (
 )
 from composer.utils import format_name_with_dist
 
-from llmtrain.config.secrets import redact
+from llmtrain.redaction import redact
 
 
 class WandB(WandBLogger):  # type: ignore[misc]

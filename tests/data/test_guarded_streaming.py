@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from llmtrain.data.guarded_streaming import GuardedStream, ShardError
-from llmtrain.data.shards import without_password
 from llmtrain.prep.mds import ShardWriter
+from llmtrain.redaction import without_password
 
 N = 60
 

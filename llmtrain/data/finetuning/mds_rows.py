@@ -19,7 +19,8 @@ from llmtrain.conversations.rows import Row
 from llmtrain.data.finetuning.config import FinetuningStreamConfig
 from llmtrain.data.finetuning.local_ranks import one_at_a_time
 from llmtrain.data.guarded_streaming import GuardedStream, ShardError
-from llmtrain.data.shards import INDEX, require_index, without_password
+from llmtrain.data.shards import INDEX, require_index
+from llmtrain.redaction import without_password
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from llmtrain.conversations.formats import parse
 from llmtrain.conversations.messages import BadExample, Example
 from llmtrain.conversations.rows import Row, expand, file_rows, hf_rows, identity_of_dataset, identity_of_files
 from llmtrain.data.finetuning.config import FinetuningDatasetConfig, FinetuningStreamConfig
-from llmtrain.data.shards import without_password
+from llmtrain.redaction import without_password
 
 if TYPE_CHECKING:
     from llmtrain.data.finetuning.mds_rows import MDSRows

@@ -4,9 +4,9 @@ import os
 import threading
 from collections.abc import Callable
 
-from llmtrain.data.shards import without_password
 from llmtrain.errors import UserError
 from llmtrain.prep.stores.store import Store
+from llmtrain.redaction import without_password
 
 _opened: dict[tuple[int, str], Store] = {}
 _lock = threading.Lock()

@@ -3,10 +3,10 @@
 import io
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from llmtrain.data.shards import without_password
 from llmtrain.errors import UserError
 from llmtrain.prep.stores.retry import persistently
 from llmtrain.prep.stores.store import Changed, Store, StoredFile
+from llmtrain.redaction import without_password
 
 SMALLEST, LARGEST = 1 << 16, 1 << 22  # bytes of a request
 

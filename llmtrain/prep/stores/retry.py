@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from llmtrain.data.shards import without_password
 from llmtrain.errors import UserError
+from llmtrain.redaction import without_password
 
 log = logging.getLogger(__name__)
 

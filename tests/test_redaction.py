@@ -1,0 +1,86 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llmtrain.redaction import MASK, redact, redact_arguments, redact_text, without_masked, without_password
+
+
+@pytest.mark.parametrize(
+    "key", ["api_key", "WANDB_API_KEY", "token", "hf_token", "aws_secret_access_key", "password", "secret"]
+)
+def test_values_under_secret_names_are_masked(key: str) -> None:
+    assert redact({"a": [{key: "planted"}]}) == {"a": [{key: MASK}]}
+
+
+def test_passwords_in_urls_are_masked() -> None:
+    assert redact(["sftp://me:planted@host:22/x"]) == [f"sftp://{MASK}@host:22/x"]
+
+
+def test_ordinary_recipe_keys_stay() -> None:
+    ordinary = {
+        "tokenizer": {"name": "gpt2"}, "eos_token_id": 0, "token_encoding_type": "uint16", "url": "s3://bucket/x@2",
+        "accumulate_train_batch_on_tokens": True, "param_str_match": "key", "api_key": None, "password": "",
+    }  # fmt: skip
+    assert redact(ordinary) == ordinary
+
+
+@pytest.mark.parametrize("key", ["eos_token", "pad_token", "additional_special_tokens", "tokens", "n_token_ids"])
+def test_the_tokens_of_a_tokenizer_are_no_secrets(key: str) -> None:
+    assert redact({key: "<|endoftext|>"}) == {key: "<|endoftext|>"}
+
+
+def test_secrets_of_the_environment_are_found_wherever_they_stand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_SERVICE_API_KEY", 'pla"nted/1234')
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "planted+5678")
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "/home/me/key.json")  # a path
+    monkeypatch.setenv("SHORT_TOKEN", "abc")
+    text = redact_text(
+        'a pla"nted/1234 b planted+5678 c planted%2B5678 d {"k": "pla\\"nted/1234"} /home/me/key.json abc'
+    )
+    assert text == f'a {MASK} b {MASK} c {MASK} d {{"k": "{MASK}"}} /home/me/key.json abc'
+    assert redact({"note": ["x planted+5678"]}) == {"note": [f"x {MASK}"]}
+
+
+@pytest.mark.parametrize("name", ["sig", "X-Amz-Signature", "token", "access_token", "X-Goog-Signature"])
+def test_signatures_in_urls_are_masked(name: str) -> None:
+    assert redact_text(f"https://h/x?a=1&{name}=pla%2Fnted&b=2") == f"https://h/x?a=1&{name}={MASK}&b=2"
+    assert without_password(f"https://h/x?{name}=planted: failed") == f"https://h/x?{name}={MASK} failed"
+
+
+def test_arguments_are_judged_by_their_keys() -> None:
+    given = [
+        "run.yaml",
+        "metadata.api_key=planted",
+        "max_duration=2ba",
+        "train_loader.dataset.remote=sftp://u:planted@h",
+    ]
+    assert redact_arguments(given) == [
+        "run.yaml", f"metadata.api_key={MASK}", "max_duration=2ba", f"train_loader.dataset.remote=sftp://{MASK}@h",
+    ]  # fmt: skip
+
+
+def test_numbers_under_secret_names_are_masked() -> None:
+    assert redact({"password": 12345678, "token": True}) == {"password": MASK, "token": True}
+
+
+def test_what_was_masked_is_as_if_it_had_not_been_given() -> None:
+    assert without_masked({"a": {"token": MASK, "b": [1, {"c": MASK}]}}) == {"a": {"b": [1, {}]}}
+
+
+def test_what_a_process_prints_holds_no_secret(tmp_path: Path) -> None:
+    code = (
+        "import os, sys, logging; from llmtrain.redaction import RedactedFormatter, redact_output; redact_output();"
+        "redact_output(); print('out', os.environ['X_TOKEN']); print('err', os.environ['X_TOKEN'], file=sys.stderr);"
+        "raise RuntimeError('https://me:planted-pass@h/' + os.environ['X_TOKEN'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "X_TOKEN": "planted-value"}, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "out ***" in done.stdout
+    assert "err ***" in done.stderr
+    assert "RuntimeError: https://***@h/***" in done.stderr
+    assert "planted" not in (done.stdout + done.stderr).replace("'https://me:planted-pass", "")
