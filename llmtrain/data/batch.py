@@ -10,6 +10,12 @@ from torch import Tensor
 IGNORE = -100
 """A label that is no target."""
 
+SAMPLE_ID = "sample_id"
+"""Key of a batch: the numbers of what each row was made of."""
+
+NO_SAMPLE = -1
+"""Stands in `sample_id` where there is none: of a blank row, or behind the last example of a packed one."""
+
 
 def tokens_in_batch(batch: Mapping[str, Any]) -> dict[str, int]:
     """Count a batch's tokens.
@@ -21,6 +27,22 @@ def tokens_in_batch(batch: Mapping[str, Any]) -> dict[str, int]:
     mask = batch.get("attention_mask")
     total = batch["input_ids"].numel() if mask is None else int(mask.sum())
     return {"total": int(total), "loss_generating": int((batch["labels"][:, 1:] != IGNORE).sum())}
+
+
+def sample_ids(batch: Mapping[str, Any]) -> list[list[int]]:
+    """Which samples stand in each row of a batch; the loader's `dataset.place` tells where one comes from.
+
+    A sample is a row of a text dataset, or an example of a fine-tuning one: its number in all the data of the loader,
+    streams and files one after the other, the same on any number of ranks and in every epoch.
+
+    Returns:
+        For each row of the batch its samples, in their order: one, several where examples are packed, none of a blank
+        row. Empty where the batch does not say.
+    """
+    ids = batch.get(SAMPLE_ID)
+    if ids is None:
+        return []
+    return [[number for number in row if number != NO_SAMPLE] for row in ids.reshape(len(ids), -1).tolist()]
 
 
 def sequence_ids(input_ids: Tensor, boundary: int, where: Literal["eos", "bos"]) -> Tensor:
@@ -64,7 +86,7 @@ class TextCollator:
             batch["sequence_id"] = sequence_ids(input_ids, self.eos_token_id, "eos")
         elif self.bos_token_id is not None:
             batch["sequence_id"] = sequence_ids(input_ids, self.bos_token_id, "bos")
-        for key in ("sample_id", "stream_id"):
+        for key in (SAMPLE_ID, "stream_id"):
             if key in rows[0]:
                 batch[key] = torch.tensor([int(row[key]) for row in rows])
         return batch

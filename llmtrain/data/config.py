@@ -130,7 +130,8 @@ class TextDatasetConfig(Config):
     replication: int | None = Field(default=None, gt=1)
     """Give the same samples to this many consecutive ranks."""
     return_sample_ids: bool = False
-    """Add `sample_id`, int64 (B,): the row's number in the whole dataset. (llmtrain's own.)"""
+    """Add `sample_id`, int64 (B,), the row's number in the whole dataset, to the batches of an evaluation. Those of
+    training always have it. (llmtrain's own.)"""
 
     @field_validator("streams", mode="before")
     @classmethod

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from llmtrain.data.batch import TextCollator
+from llmtrain.data.batch import NO_SAMPLE, TextCollator
 from llmtrain.data.config import StreamConfig, TextDatasetConfig, TextLoaderConfig
 from llmtrain.data.evaluation import EveryRowOnce
 from llmtrain.data.fixed_rows import FixedRows
@@ -30,14 +30,17 @@ class TextDataset(GuardedDataset):
 
     Attributes:
         source_names: of a mixture's streams; () where there is no mixture.
+        always_with_ids: rows say which they are, whether or not the recipe asks for it.
     """
+
+    always_with_ids = True
 
     def __init__(self, cfg: TextDatasetConfig, *, vocab_size: int, batch_size: int) -> None:
         self.source_names = tuple(cfg.streams or ())
         self.max_seq_len = cfg.max_seq_len
         self.vocab_size = vocab_size
         self._bytes_dtype = np.dtype(cfg.token_encoding_type)
-        self._with_ids = cfg.return_sample_ids
+        self._with_ids = cfg.return_sample_ids or self.always_with_ids
         super().__init__(
             streams=_streams(cfg),
             split=cfg.split,
@@ -67,8 +70,8 @@ class TextDataset(GuardedDataset):
         self.num_canonical_nodes = cfg.num_canonical_nodes or canonical_nodes(self._smallest_part(), cfg.shuffle)
 
     def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Any]:
-        """One row: `tokens`, (max_seq_len,) of an integer dtype; `sample_id` where it is asked for; of a mixture also
-        `stream_id`, the number of the stream.
+        """One row: `tokens`, (max_seq_len,) of an integer dtype, and `sample_id`; of a mixture also `stream_id`, the
+        number of the stream.
 
         Raises:
             UserError: The row is too short, or has an id that the model does not know; names shard and row.
@@ -82,14 +85,14 @@ class TextDataset(GuardedDataset):
             tokens = self._from_bytes(tokens, sample_id)
         if tokens.ndim != 1 or len(tokens) < self.max_seq_len or tokens.dtype.kind not in "iu":
             raise UserError(
-                f"{self._row(sample_id)}: expected at least max_seq_len = {self.max_seq_len} integer tokens, "
+                f"{self.place(sample_id)}: expected at least max_seq_len = {self.max_seq_len} integer tokens, "
                 f"found {tokens.dtype} {tokens.shape}"
             )
         tokens = tokens[: self.max_seq_len]
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= self.vocab_size:
             raise UserError(
-                f"{self._row(sample_id)}: token id {low if low < 0 else high} is outside of the model's vocabulary of "
+                f"{self.place(sample_id)}: token id {low if low < 0 else high} is outside of the model's vocabulary of "
                 f"{self.vocab_size}. Were these shards made with another tokenizer (or is token_encoding_type wrong)?"
             )
         row: dict[str, Any] = {"tokens": tokens}
@@ -108,24 +111,27 @@ class TextDataset(GuardedDataset):
     def _from_bytes(self, data: bytes, sample_id: int) -> NDArray[Any]:
         if len(data) % self._bytes_dtype.itemsize:
             raise UserError(
-                f"{self._row(sample_id)}: {len(data)} bytes are no whole number of {self._bytes_dtype.name}: "
+                f"{self.place(sample_id)}: {len(data)} bytes are no whole number of {self._bytes_dtype.name}: "
                 "set token_encoding_type to the type that the shards were written with"
             )
         return np.frombuffer(data, self._bytes_dtype)
 
-    def _row(self, sample_id: int) -> str:
+    def place(self, sample_id: int) -> str:
+        """Where a row comes from: shard and row."""
         shard_id, row = self.spanner[sample_id]
         return f"{self._name(shard_id)}, row {row}"
 
 
 class TextEvaluationDataset(EveryRowOnce, TextDataset):
-    """Rows for an evaluation: each exactly once over all ranks."""
+    """Rows for an evaluation: each exactly once over all ranks. With a `sample_id` where the recipe asks for it."""
+
+    always_with_ids = False
 
     def blank_row(self) -> dict[str, Any]:
         """A row of token 0 whose labels the collator makes -100; its `sample_id` is -1."""
         row = {"tokens": np.zeros(self.max_seq_len, np.int64), "blank": True}
         if self._with_ids:
-            row["sample_id"] = -1
+            row["sample_id"] = NO_SAMPLE
         return {**row, "stream_id": 0} if self.source_names else row
 
 

@@ -15,7 +15,7 @@ from composer.core.data_spec import default_split_batch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llmtrain.data.batch import IGNORE, tokens_in_batch
+from llmtrain.data.batch import IGNORE, SAMPLE_ID, tokens_in_batch
 from llmtrain.model.documents import PADDING
 from llmtrain.training.algorithms import SeqLengthWarmupConfig
 
@@ -34,7 +34,7 @@ def length_at(cfg: SeqLengthWarmupConfig, progress: float, longest: int) -> int:
 
 def truncated(batch: Batch, length: int, *, keep_last: bool = False) -> Batch:
     """The first `length` tokens of each row; with `keep_last` the row's last real token takes the last place."""
-    changed = {name: x[:, :length].clone() if x.ndim > 1 else x for name, x in batch.items()}
+    changed = {name: x[:, :length].clone() if _by_token(name, x) else x for name, x in batch.items()}
     if keep_last:
         shape = batch["input_ids"].shape
         mask = batch.get("attention_mask", torch.ones(shape, dtype=torch.int64))
@@ -42,9 +42,14 @@ def truncated(batch: Batch, length: int, *, keep_last: bool = False) -> Batch:
         last = index.masked_fill(~mask.bool(), 0).amax(dim=1)
         rows = torch.arange(shape[0])
         for name, x in batch.items():
-            if x.ndim > 1:
+            if _by_token(name, x):
                 changed[name][rows, last.clamp(max=length - 1)] = x[rows, last]
     return changed
+
+
+def _by_token(name: str, x: Tensor) -> bool:
+    """Whether a part of a batch has a value for each token; `sample_id` may have one for each example of a row."""
+    return x.ndim > 1 and name != SAMPLE_ID
 
 
 def cut(batch: Batch, length: int) -> tuple[Batch, int]:
@@ -52,7 +57,7 @@ def cut(batch: Batch, length: int) -> tuple[Batch, int]:
     pieces = -(-batch["input_ids"].shape[1] // length)
 
     def of(name: str, x: Tensor) -> Tensor:
-        if x.ndim < 2:
+        if not _by_token(name, x):
             return x.repeat_interleave(pieces, dim=0)
         missing = pieces * length - x.shape[1]
         return F.pad(x, (0, missing), value=_FILL.get(name, 0)).reshape(-1, length)

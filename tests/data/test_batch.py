@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmtrain.data.batch import TextCollator, sequence_ids, tokens_in_batch
+from llmtrain.data.batch import TextCollator, sample_ids, sequence_ids, tokens_in_batch
 
 
 @given(st.lists(st.lists(st.integers(0, 3), min_size=6, max_size=6), min_size=1, max_size=4))
@@ -41,6 +41,12 @@ def test_collate(dtype):
     batch["labels"][0, 0] = -100
     assert batch["input_ids"][0, 0] == 1  # not the same memory
     assert "sequence_id" not in TextCollator()(rows)
+
+
+def test_samples_of_each_row():
+    assert sample_ids({"sample_id": torch.tensor([7, -1, 9])}) == [[7], [], [9]]
+    assert sample_ids({"sample_id": torch.tensor([[3, 1, -1], [-1, -1, -1], [2, 5, 0]])}) == [[3, 1], [], [2, 5, 0]]
+    assert sample_ids({"input_ids": torch.zeros(2, 3)}) == []
 
 
 def test_tokens_in_batch():

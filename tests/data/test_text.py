@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 
 import numpy as np
@@ -7,6 +8,7 @@ import torch
 from pydantic import ValidationError
 from streaming import MDSWriter
 
+from llmtrain.data.batch import sample_ids
 from llmtrain.data.config import TextDatasetConfig
 from llmtrain.data.text import canonical_nodes
 from llmtrain.errors import UserError
@@ -26,6 +28,14 @@ def everything(loader):
     batches = list(loader)
     ids = torch.cat([batch["sample_id"] for batch in batches])
     return ids, torch.cat([batch["input_ids"] for batch in batches])
+
+
+def test_training_batches_say_which_rows_they_have_and_evaluations_where_asked(loader, corpus):
+    made = loader(return_sample_ids=False)
+    (first, *_) = list(made)
+    assert sample_ids(first) == [[number] for number in range(8)]
+    assert re.fullmatch(rf"{corpus.train}: shard shard\.\S+, row 9", made.dataset.place(9))
+    assert sample_ids(next(iter(loader(return_sample_ids=False, build={"evaluation": True})))) == []
 
 
 def test_batches_of_prepared_shards(loader, corpus):

@@ -50,6 +50,16 @@ def test_rows_are_cut_off_and_may_keep_their_end() -> None:
     assert ids[0, 3] == 4  # the batch itself is not changed
 
 
+def test_numbers_of_packed_examples_are_no_tokens() -> None:
+    ids = torch.arange(1, 25).view(3, 8)
+    packed = torch.tensor([[4, 2, 7, 1, 3, 0], [5, -1, -1, -1, -1, -1], [6, 8, -1, -1, -1, -1]])
+    batch = {"input_ids": ids, "labels": ids.clone(), "sample_id": packed}
+    assert truncated(batch, 4, keep_last=True)["sample_id"].tolist() == packed.tolist()
+    changed, pieces = cut(batch, 4)
+    assert pieces == 2
+    assert changed["sample_id"].tolist() == [row for row in packed.tolist() for _ in range(2)]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("truncate", "lengths"), [(False, [24, 40, 56, 64]), (True, [24, 40, 56, 64])])
 def test_a_run_grows_counts_and_resumes_bit_for_bit(

@@ -8,10 +8,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llmtrain.data.batch import IGNORE
+from llmtrain.data.batch import IGNORE, NO_SAMPLE, SAMPLE_ID
 
 TokensAndMask = tuple[NDArray[Any], NDArray[np.bool_]]
 """An example: its ids and which of them are targets, (n,) each."""
+
+NumberedRow = tuple[Sequence[int], Sequence[TokensAndMask]]
+"""The examples of a row, with their numbers in all sources before them."""
 
 NO_EXAMPLE = -1
 """`sequence_id` of padding."""
@@ -78,6 +81,19 @@ class FinetuningCollator:
             "attention_mask": sequence_id != NO_EXAMPLE,
         }
         return {**batch, "sequence_id": sequence_id} if self.packed else batch
+
+    def numbered(self, rows: Sequence[NumberedRow]) -> dict[str, Tensor]:
+        """Make a batch that says which examples it has.
+
+        Returns:
+            What the call gives, and `sample_id`: the numbers of each row's examples, int64 (B, most in a row), behind
+            the last one -1.
+        """
+        most = max(1, *(len(numbers) for numbers, _ in rows))
+        ids = torch.full((len(rows), most), NO_SAMPLE)
+        for row, (numbers, _) in enumerate(rows):
+            ids[row, : len(numbers)] = torch.tensor(numbers, dtype=torch.int64)
+        return {**self([examples for _, examples in rows]), SAMPLE_ID: ids}
 
     def width(self, longest: int) -> int:
         """Tokens of a row, padding included, in a batch whose longest row has `longest`."""

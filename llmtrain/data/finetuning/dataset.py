@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 from torch.utils.data.distributed import DistributedSampler
 
-from llmtrain.data.finetuning.collate import TokensAndMask
+from llmtrain.data.finetuning.collate import NumberedRow, TokensAndMask
 from llmtrain.data.finetuning.epoch import EpochOrder, EpochPlan
 from llmtrain.data.finetuning.store import ExampleStore
 from llmtrain.errors import UserError
@@ -19,7 +19,7 @@ from llmtrain.errors import UserError
 log = logging.getLogger(__name__)
 
 
-class FinetuningDataset(Dataset[list[TokensAndMask]]):
+class FinetuningDataset(Dataset[NumberedRow]):
     """Rows of tokenized examples.
 
     The rows of an epoch stand in one order. Of a global batch, rank r takes the rows r, r + ranks, ...; so the global
@@ -113,9 +113,10 @@ class FinetuningDataset(Dataset[list[TokensAndMask]]):
         blank = -(-left // self.ranks) - len(mine)
         return mine + [np.zeros(0, np.int64)] * blank
 
-    def __getitem__(self, examples: NDArray[np.int64]) -> list[TokensAndMask]:
-        """The examples of a row: ids and targets of each."""
-        return [self.example(int(number)) for number in examples]
+    def __getitem__(self, examples: NDArray[np.int64]) -> NumberedRow:
+        """The examples of a row: their numbers, and ids and targets of each."""
+        numbers = [int(number) for number in examples]
+        return numbers, [self.example(number) for number in numbers]
 
     def example(self, number: int) -> TokensAndMask:
         """An example by its number in all sources: its ids, (n,), and which are targets, (n,)."""

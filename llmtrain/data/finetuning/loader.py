@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from llmtrain.data.finetuning.collate import FinetuningCollator, TokensAndMask
+from llmtrain.data.finetuning.collate import FinetuningCollator, NumberedRow
 from llmtrain.data.finetuning.config import FinetuningDatasetConfig, FinetuningLoaderConfig
 from llmtrain.data.finetuning.dataset import FinetuningDataset, RowSampler
 from llmtrain.data.finetuning.epoch import EpochOrder, examples_an_epoch
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-class FinetuningLoader(DataLoader[list[TokensAndMask]]):
+class FinetuningLoader(DataLoader[NumberedRow]):
     """A DataLoader of a `FinetuningDataset`: each iteration is an epoch, or what a resume left of one.
 
     Args:
@@ -41,7 +41,6 @@ class FinetuningLoader(DataLoader[list[TokensAndMask]]):
     """
 
     dataset: FinetuningDataset
-    collate_fn: FinetuningCollator
 
     def __init__(
         self,
@@ -56,7 +55,7 @@ class FinetuningLoader(DataLoader[list[TokensAndMask]]):
             dataset,
             batch_size=dataset.device_batch_size,
             sampler=RowSampler(dataset),
-            collate_fn=collate,
+            collate_fn=collate.numbered,
             drop_last=False,  # the rows are counted out already, the same for all ranks
             num_workers=workers,
             pin_memory=cfg.pin_memory and torch.cuda.is_available(),
@@ -66,6 +65,7 @@ class FinetuningLoader(DataLoader[list[TokensAndMask]]):
             # Each new iterator draws a seed for its workers: not from the model's random numbers.
             generator=torch.Generator(),
         )
+        self.collate = collate
         self.epoch_batches = epoch_batches
 
     def __len__(self) -> int:
@@ -105,7 +105,7 @@ class FinetuningLoader(DataLoader[list[TokensAndMask]]):
     def next_batch(self) -> tuple[list[Any], dict[str, Tensor]]:
         """The batch that comes next, without taking it: the numbers of the examples of each row, and the batch."""
         rows = self.dataset.rows_of_rank(*self.dataset.upcoming())[: self.dataset.device_batch_size]
-        return rows, self.collate_fn([self.dataset[row] for row in rows])
+        return rows, self.collate.numbered([self.dataset[row] for row in rows])
 
     def _batches_left(self) -> int:
         batches = len(self) if self.epoch_batches in (None, -1) else min(self.epoch_batches or 0, len(self))
@@ -137,7 +137,7 @@ def build_finetuning_loader(
         sequence_parallel_degree: this many consecutive ranks get the same rows.
 
     Returns:
-        A loader of dicts as `FinetuningCollator` makes them.
+        A loader of dicts as `FinetuningCollator.numbered` makes them.
 
     Raises:
         UserError: on all ranks: the data cannot be read, does not fit, or has nothing to train on.

@@ -111,7 +111,7 @@ class StreamingLoader(DataLoader[list[Found]]):
             del data.rows[: self.device_batch_size]
             data.count_batch()
             blank: list[list[int]] = [[]] * (self.device_batch_size - len(rows))
-            yield self.collate([[held.take(number) for number in row] for row in [*rows, *blank]])
+            yield self.collate.numbered([(row, [held.take(number) for number in row]) for row in [*rows, *blank]])
         self._say_dropped()
 
     def next_batch(self) -> tuple[list[list[int]], dict[str, Tensor]]:
@@ -125,7 +125,7 @@ class StreamingLoader(DataLoader[list[Found]]):
             rows += self._pack(data[data.numbers(epoch, todo.pop(0))], packer, _Held())
         data.dropped = dropped
         rows = (rows if len(rows) >= self.device_batch_size else rows + packer.finish())[: self.device_batch_size]
-        return rows, self.collate([[data.example(number) for number in row] for row in rows])
+        return rows, self.collate.numbered([(row, [data.example(number) for number in row]) for row in rows])
 
     def _pack(self, found: list[Found], packer: OnlinePacker, held: "_Held") -> list[list[int]]:
         good = [(number, example) for number, example in found if not isinstance(example, BadExample)]

@@ -100,7 +100,7 @@ def count(loader: FinetuningLoader) -> Counts:
     batches = [
         used[start : start + dataset.global_batch_size] for start in range(0, len(used), dataset.global_batch_size)
     ]
-    laid_out = sum(len(rows) * loader.collate_fn.width(int(rows.max())) for rows in batches)
+    laid_out = sum(len(rows) * loader.collate.width(int(rows.max())) for rows in batches)
     return Counts(
         rows_read=sum(report.rows for report in reports),
         examples=sum(report.examples for report in reports),
@@ -110,7 +110,7 @@ def count(loader: FinetuningLoader) -> Counts:
         rows=len(plan),
         batches=len(loader),
         padding=1 - float(used.sum()) / laid_out,
-        efficiency=float(used.sum()) / laid_out if loader.collate_fn.packed else None,
+        efficiency=float(used.sum()) / laid_out if loader.collate.packed else None,
     )
 
 

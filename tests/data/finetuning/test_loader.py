@@ -5,7 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
+from composer.core.data_spec import default_split_batch
 
+from llmtrain.data.batch import sample_ids
 from llmtrain.data.finetuning.dataset import FinetuningDataset
 from llmtrain.errors import UserError
 from llmtrain.testing.ranks import run_ranks
@@ -57,6 +59,20 @@ def test_ids_and_labels_are_those_of_the_template(build, chat_tokenizer, packing
     assert len(texts) == 120
     assert batch["attention_mask"].dtype == torch.bool
     assert (batch["input_ids"][~batch["attention_mask"]] == chat_tokenizer.pad_token_id).all()
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_say_which_examples_they_have(build, chat_tokenizer, packing, workers):
+    loader = build(shuffle=True, packing=packing, max_seq_len=256, workers=workers)
+    batches = list(loader)
+    assert [sample_ids(batch) for batch in batches] == [
+        [list(row) for row in batch] for batch in numbers(batches, chat_tokenizer)
+    ]
+    assert max(len(row) for batch in batches for row in sample_ids(batch)) > 1 or not packing
+    halves = [half for batch in batches for half in default_split_batch(batch, 2)]
+    assert [row for half in halves for row in sample_ids(half)] == [row for b in batches for row in sample_ids(b)]
+    assert sample_ids(loader.collate_fn([loader.dataset[row] for row in ([0, 3], [])])) == [[0, 3], []]
 
 
 @pytest.mark.parametrize("packing", [True, False])

@@ -7,6 +7,7 @@ import pytest
 import torch
 from streaming import MDSWriter
 
+from llmtrain.data.batch import sample_ids
 from llmtrain.data.finetuning import online_loader
 from llmtrain.data.finetuning.config import FinetuningDatasetConfig, FinetuningLoaderConfig
 from llmtrain.data.finetuning.local_ranks import Place
@@ -40,7 +41,9 @@ def stream(build, shards):
 @pytest.mark.parametrize("keys", [{}, {"packing": False}, {"shuffle": False}, {"workers": 2}])
 def test_an_epoch_has_each_example_once(stream, chat_tokenizer, keys):
     loader = stream(**keys)
-    first, second = numbers(loader, chat_tokenizer), numbers(loader, chat_tokenizer)
+    batches = list(loader)
+    first, second = numbers(batches, chat_tokenizer), numbers(loader, chat_tokenizer)
+    assert [[tuple(row) for row in sample_ids(batch)] for batch in batches] == first
     assert sorted(flat(first)) == sorted(flat(second)) == list(range(120))
     assert (first != second) == keys.get("shuffle", True)
     assert all(len(batch) == 4 for batch in first)
