@@ -32,6 +32,24 @@ app.add_typer(data, name="data")
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of recipe keys.")]
 
 
+def _trust(given: bool) -> bool:
+    if given:
+        from llmtrain.trust import trust
+
+        trust()
+    return given
+
+
+TrustCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-code",
+        callback=_trust,
+        help="Run Python code that the recipe or the checkpoint names; what runs is printed.",
+    ),
+]
+"""Obeyed where it is parsed; commands need not look at it."""
+
 Private = Annotated[bool, typer.Option("--private/--public", help="A repository that is new on the hub.")]
 
 
@@ -60,6 +78,7 @@ def make_shards(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace output, or discard unfinished work, of another recipe.")
     ] = False,
+    trust_code: TrustCode = False,
 ) -> None:
     """Turn text into MDS shards, as a data recipe (data_prep/*.yaml) says. Interrupted, it goes on where it was.
 
@@ -80,7 +99,7 @@ def make_shards(
 
 
 @prep.command("merge")
-def merge_shards(recipe: Path, overrides: Overrides = None) -> None:
+def merge_shards(recipe: Path, overrides: Overrides = None, trust_code: TrustCode = False) -> None:
     """Put together what the ranks of a recipe have made."""
     from llmtrain.prep.run import prepare_merge
 
@@ -94,6 +113,7 @@ def check(
     last_mile: Annotated[
         bool, typer.Option("--last-mile", help="Save, export and open tiny weights of its shape; try where it writes.")
     ] = False,
+    trust_code: TrustCode = False,
 ) -> None:
     """Validate a training or evaluation recipe without starting anything, and print it resolved."""
     from llmtrain.evaluation.recipe import check as check_evaluation
@@ -117,7 +137,7 @@ def schema() -> None:
 
 
 @data.command("show")
-def show_data(recipe: Path, overrides: Overrides = None) -> None:
+def show_data(recipe: Path, overrides: Overrides = None, trust_code: TrustCode = False) -> None:
     """What a fine-tuning recipe trains: one batch decoded token by token, and counts. Starts no training."""
     from llmtrain.data.command import show_command
 
@@ -162,11 +182,66 @@ def verify_data(
 
 
 @app.command()
-def train(recipe: Path, overrides: Overrides = None) -> None:
+def train(recipe: Path, overrides: Overrides = None, trust_code: TrustCode = False) -> None:
     """Train a recipe in this process; `composer [-n RANKS] train.py` starts several."""
     from llmtrain.training.command import main as run
 
     raise typer.Exit(run([str(recipe), *(overrides or [])]))
+
+
+@app.command()
+def launch(
+    recipe: Path,
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Hosts.")] = 1,
+    min_nodes: Annotated[
+        int | None, typer.Option(min=1, help="Go on with so many hosts when others are gone; all when left out.")
+    ] = None,
+    gpus_per_node: Annotated[
+        int | None, typer.Option(min=1, help="Ranks on each host; its GPUs are counted when left out (none: 1 rank).")
+    ] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(help="local, torchrun, slurm or kubernetes; local or torchrun, by --nodes.")
+    ] = None,
+    max_restarts: Annotated[int, typer.Option(min=0, help="Restarts after crashes.")] = 3,
+    rdzv_endpoint: Annotated[
+        str | None, typer.Option(help="HOST:PORT of one of several hosts, where they find each other.")
+    ] = None,
+    rdzv_conf: Annotated[str | None, typer.Option(help="More of torchrun's --rdzv-conf.")] = None,
+    local_addr: Annotated[
+        str | None, typer.Option(help="This host's address for the others; found when left out.")
+    ] = None,
+    node_rank: Annotated[
+        int | None, typer.Option(min=0, help="Number this host and use Composer's launcher instead of torchrun.")
+    ] = None,
+    grace: Annotated[float, typer.Option(min=1, help="Seconds to save and end in after SIGTERM.")] = 300.0,
+    restart_preempted: Annotated[
+        bool, typer.Option("--restart-preempted", help="Start again after ranks were sent SIGTERM by others, too.")
+    ] = False,
+    only_print: Annotated[bool, typer.Option("--print", help="Print the commands, and run nothing.")] = False,
+    trust_code: Annotated[bool, typer.Option("--trust-code", help="The recipe may run code that it names.")] = False,
+) -> None:
+    """Train a recipe on one host or several, and start it again when it crashes."""
+    from llmtrain.launching.command import Options, launch_command
+    from llmtrain.trust import trust
+
+    if trust_code:
+        trust()
+    options = Options(
+        scheduler=scheduler,
+        nodes=nodes,
+        min_nodes=min_nodes,
+        gpus_per_node=gpus_per_node,
+        max_restarts=max_restarts,
+        rdzv_endpoint=rdzv_endpoint,
+        rdzv_conf=rdzv_conf,
+        local_addr=local_addr,
+        node_rank=node_rank,
+        grace=grace,
+        restart_preempted=restart_preempted,
+        only_print=only_print,
+    )
+    raise typer.Exit(launch_command(recipe, overrides or [], options))
 
 
 @app.command()
@@ -196,6 +271,7 @@ def export(
         str | None, typer.Option(help="Copy it there, too: a folder, s3://..., gs://..., hf://USER/REPOSITORY.")
     ] = None,
     private: Private = True,
+    trust_code: TrustCode = False,
 ) -> None:
     """Write a checkpoint as a Hugging Face folder for plain transformers, and prove that it is the same model."""
     from llmtrain.checkpoint.export import export as run
@@ -241,6 +317,7 @@ def import_weights(
     to: Annotated[str, typer.Option(help="sharded, for any number of ranks, or full, one .pt file.")] = "sharded",
     recipe: Annotated[Path | None, typer.Option(help="The recipe, for a checkpoint that does not hold one.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing target.")] = False,
+    trust_code: TrustCode = False,
 ) -> None:
     """Write an MPT's weights as a checkpoint of ours, to train from, and prove that they are the same bits."""
     from llmtrain.checkpoint.import_command import import_weights as run
@@ -277,6 +354,7 @@ def evaluate(
     device: Annotated[str | None, typer.Option(help="cpu or cuda; the GPU when there is one.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; bfloat16 on a GPU.")] = None,
     shard: Annotated[bool, typer.Option("--shard", help="Shard the model over the ranks.")] = False,
+    trust_code: TrustCode = False,
 ) -> None:
     """Loss, perplexity and bits per byte on shards or text, and tasks; on several ranks with `composer -n 2 -c`."""
     from llmtrain.evaluation.command import eval_command
@@ -323,6 +401,7 @@ def generate(
     recipe: Annotated[Path | None, typer.Option(help="The recipe, for a checkpoint that does not hold one.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; the GPU when there is one.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; bfloat16 on a GPU.")] = None,
+    trust_code: TrustCode = False,
 ) -> None:
     """Continue prompts from arguments, a file or standard input."""
     from llmtrain.generation.command import generate_command
@@ -358,6 +437,7 @@ def chat(
     recipe: Annotated[Path | None, typer.Option(help="The recipe, for a checkpoint that does not hold one.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; the GPU when there is one.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; bfloat16 on a GPU.")] = None,
+    trust_code: TrustCode = False,
 ) -> None:
     """Talk with a model; piped in, each line is a turn. /reset forgets, /save FILE keeps the conversation."""
     from llmtrain.generation.chat_command import chat_command
@@ -395,6 +475,9 @@ def version() -> None:
 
 def main() -> None:
     """Entry point: a user's mistake is one message and exit code 2, never a traceback."""
+    from llmtrain.redaction import redact_output
+
+    redact_output()
     try:
         app()
     except UserError as error:

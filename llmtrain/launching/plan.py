@@ -36,6 +36,7 @@ class LaunchPlan:
         on_gpu: whether those are GPUs.
         max_restarts: restarts after crashes until the launch gives up.
         rdzv_endpoint: HOST:PORT of the first host, which all hosts reach; None on one host.
+        rdzv_conf: more of torchrun's `--rdzv-conf`: "join_timeout=1200".
         trust_code: the recipe may run code that it names.
         environment: variables for the ranks, beyond those that are inherited.
     """
@@ -49,6 +50,7 @@ class LaunchPlan:
     on_gpu: bool = True
     max_restarts: int = 3
     rdzv_endpoint: str | None = None
+    rdzv_conf: str | None = None
     trust_code: bool = False
     environment: Mapping[str, str] = field(default_factory=dict)
 
@@ -99,12 +101,13 @@ class LaunchPlan:
         return [*launcher, "-m", "llmtrain.training.command", *self.arguments]
 
     def torchrun(self) -> list[str]:
-        """torchrun for each of the hosts: they find each other at the endpoint, and any of them may come back."""
+        """Torchrun for each of the hosts: they find each other at the endpoint, and any of them may come back."""
         host, port = self.endpoint()
         nodes = f"{self.min_nodes}:{self.nodes}" if self.is_elastic else str(self.nodes)
         return [
             *("torchrun", "--nnodes", nodes, "--nproc-per-node", str(self.gpus_per_node)),
             *("--rdzv-backend", "c10d", "--rdzv-endpoint", f"{host}:{port}", "--rdzv-id", self.run_name),
+            *(("--rdzv-conf", self.rdzv_conf) if self.rdzv_conf else ()),
             *("--max-restarts", str(self.max_restarts)),
             *("-m", RANK_MODULE, *self.arguments),
         ]
@@ -123,7 +126,7 @@ def check_ranks(recipe: "Recipe", plan: LaunchPlan) -> list[str]:
             numbers = ", ".join(map(str, odd))
             notes.append(
                 f"with {numbers} hosts, global_train_batch_size {recipe.global_train_batch_size} cannot be split: "
-                "the run waits then until there are more or fewer."
+                "the run waits then until there are more."
             )
     return notes
 

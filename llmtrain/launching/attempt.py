@@ -1,0 +1,185 @@
+"""One start of a launcher: what it prints is passed on and looked at, signals are passed to the ranks."""
+
+import contextlib
+import os
+import re
+import selectors
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import FrameType
+
+from llmtrain.launching.family import Death, Family
+
+_COMPOSER_SAYS = re.compile(r"Rank (\d+) crashed with exit code (-?\d+)\.")
+_PORT_TAKEN = re.compile(r"EADDRINUSE|address already in use", re.IGNORECASE)
+_LONGEST_LINE = 1 << 16
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+@dataclass
+class Attempt:
+    """How it went.
+
+    Attributes:
+        code: the launcher's exit code, negative for a signal.
+        deaths: ranks that ended, in the order in which that was seen.
+        port_taken: a rank could not listen where it should.
+        seconds: how long it took.
+    """
+
+    code: int = 0
+    deaths: list[Death] = field(default_factory=list)
+    port_taken: bool = False
+    seconds: float = 0.0
+
+
+class Requests:
+    """Signals that this process was sent: how often, and which was the first."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.first: signal.Signals | None = None
+
+    @contextlib.contextmanager
+    def listen(self) -> Iterator["Requests"]:
+        """Takes SIGTERM, SIGINT and SIGHUP over for a while."""
+        before = {signum: signal.signal(signum, self._handle) for signum in _SIGNALS}
+        try:
+            yield self
+        finally:
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        self.count += 1
+        self.first = self.first or signal.Signals(signum)
+
+    def sleep(self, seconds: float) -> None:
+        """Sleeps, but not beyond a request."""
+        end = time.monotonic() + seconds
+        while not self.count and (left := end - time.monotonic()) > 0:
+            time.sleep(min(left, 0.1))
+
+
+class Runner:
+    """Starts a launcher and stays with it until it and all of its ranks have ended.
+
+    Args:
+        requests: signals to this process; the first asks the ranks to save and end.
+        to_launcher: the launcher itself passes SIGTERM on and waits (torchrun); else the ranks get it from here, since
+            Composer's launcher would kill them half a minute later.
+        grace: seconds that the ranks have to save and end.
+        on_death: called with each rank that has ended with another code than 0.
+    """
+
+    def __init__(
+        self,
+        requests: Requests,
+        *,
+        to_launcher: bool = False,
+        grace: float = 300.0,
+        on_death: Callable[[Death], None] = lambda death: None,
+    ) -> None:
+        self.requests = requests
+        self.to_launcher = to_launcher
+        self.grace = grace
+        self.on_death = on_death
+
+    def run(self, command: Sequence[str], environment: Mapping[str, str]) -> Attempt:
+        """Starts `command` and waits for its end; nothing of it is left over."""
+        began, attempt = time.monotonic(), Attempt()
+        family = Family(command, environment)
+        output = _Output(family.errors, attempt)
+        passed, deadline = 0, 0.0
+        while family.code is None:
+            self._wait(family, output)
+            for death in family.deaths():
+                attempt.deaths.append(death)
+                if death.code != 0:
+                    self.on_death(death)
+            family.look()
+            if self.requests.count > passed:
+                passed = self.requests.count
+                deadline = self._pass_on(family, passed)
+            if passed and time.monotonic() > deadline:
+                break
+        attempt.deaths += family.deaths()
+        family.end(patience=10.0 if not passed else 2.0, meanwhile=output.read)
+        attempt.code = family.launcher.wait()
+        output.read()
+        output.close()
+        family.close()
+        attempt.seconds = time.monotonic() - began
+        return attempt
+
+    def _wait(self, family: Family, output: "_Output") -> None:
+        with selectors.DefaultSelector() as selector:
+            for descriptor in (output.descriptor, *family.watched()):
+                if descriptor is not None:
+                    selector.register(descriptor, selectors.EVENT_READ)
+            if selector.get_map():
+                selector.select(0.2)
+            else:
+                time.sleep(0.1)
+        output.read()
+
+    def _pass_on(self, family: Family, count: int) -> float:
+        """Asks to end, the more urgently the more often we were asked; until when they may take."""
+        if count == 1:
+            if self.to_launcher or not family.signal_ranks(signal.SIGTERM):
+                family.signal_launcher(signal.SIGTERM)
+            return time.monotonic() + self.grace
+        if count == 2:
+            family.signal_launcher(signal.SIGTERM)
+            return time.monotonic() + min(self.grace, 40.0)
+        return time.monotonic()
+
+
+class _Output:
+    """Passes on what comes from a pipe, and keeps what tells how ranks ended."""
+
+    def __init__(self, descriptor: int, attempt: Attempt) -> None:
+        self.descriptor: int | None = descriptor
+        self.attempt = attempt
+        self.line = b""
+
+    def read(self) -> None:
+        while self.descriptor is not None:
+            try:
+                data = os.read(self.descriptor, 1 << 16)
+            except BlockingIOError:
+                return
+            if not data:
+                self.descriptor = None
+                return
+            _write(data)
+            *lines, self.line = (self.line + data).split(b"\n")
+            self.line = self.line[-_LONGEST_LINE:]
+            for line in lines:
+                self._look_at(line.decode(errors="replace"))
+
+    def close(self) -> None:
+        if self.line:
+            self._look_at(self.line.decode(errors="replace"))
+            _write(b"\n")
+
+    def _look_at(self, line: str) -> None:
+        if _PORT_TAKEN.search(line):
+            self.attempt.port_taken = True
+        if (match := _COMPOSER_SAYS.search(line)) is not None:
+            rank, code = int(match[1]), int(match[2])
+            known = {death.rank: death for death in self.attempt.deaths}
+            if rank not in known:
+                self.attempt.deaths.append(Death(rank, code))
+            elif known[rank].code is None:
+                self.attempt.deaths[self.attempt.deaths.index(known[rank])] = Death(rank, code)
+
+
+def _write(data: bytes) -> None:
+    # Whoever reads our messages may be gone (a terminal that was closed); the run goes on.
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.flush()
+        os.write(2, data)
