@@ -17,6 +17,7 @@ from typing import Any, Literal
 import xxhash
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from llmtrain.checkpoint.code_version import code_version
 from llmtrain.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -58,6 +59,8 @@ class Manifest(BaseModel):
     weights_only: bool = False
     """Optimizer, random state and data position were left out: weights to start from, not a run to continue."""
     versions: dict[str, str] = {}
+    code: dict[str, str] = {}
+    """What wrote it: `files`, a hash of the package's Python files; `commit`, where that is a checkout of git."""
 
 
 class ManifestError(UserError):
@@ -112,6 +115,7 @@ def write(
         attention=dict(attention or {}),
         weights_only=weights_only,
         versions=_versions(),
+        code=code_version(),
     ).model_dump(mode="json")
     # Through text and back, so that the checksum is of what a reader will see (keys are strings, tuples are lists).
     body = json.loads(json.dumps(body))
@@ -122,7 +126,7 @@ def write(
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(folder / MANIFEST)
-    _sync_folder(folder)
+    sync_folder(folder)
 
 
 def read(folder: Path) -> Manifest:
@@ -234,8 +238,8 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make the rename itself durable; some network file systems refuse to open folders, which is no reason to fail."""
+def sync_folder(folder: Path) -> None:
+    """Make renames within a folder durable; some network file systems refuse to open folders, which is no reason to fail."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:

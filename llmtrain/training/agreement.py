@@ -11,8 +11,13 @@ from llmtrain.errors import UserError
 T = TypeVar("T")
 
 
-def from_rank_zero(function: Callable[[], T]) -> T:
+def from_rank_zero(function: Callable[[], T], group: Any = None) -> T:
     """Calls `function` on rank 0 and returns its result on all ranks (a collective call).
+
+    Args:
+        function: what rank 0 does.
+        group: a process group of all ranks; the default one when left out. A thread beside the one that trains needs
+            a group of its own.
 
     Raises:
         UserError: on all ranks, with what rank 0 raised.
@@ -23,7 +28,7 @@ def from_rank_zero(function: Callable[[], T]) -> T:
             answer[0] = function()
         except Exception as error:
             answer[1] = _text(error)
-    dist.broadcast_object_list(answer)
+    dist.broadcast_object_list(answer, group=group)
     if answer[1] is not None:
         raise UserError(answer[1])
     result: T = answer[0]
@@ -67,8 +72,12 @@ def from_rank_zero_in_turns(function: Callable[[], T], turn: float = 5.0) -> T:
     return from_rank_zero(outcome)
 
 
-def from_all_ranks(function: Callable[[], T]) -> list[T]:
+def from_all_ranks(function: Callable[[], T], group: Any = None) -> list[T]:
     """Calls `function` on each rank and returns all results in the order of ranks (a collective call).
+
+    Args:
+        function: what each rank does.
+        group: as for :func:`from_rank_zero`.
 
     Raises:
         UserError: on all ranks, with what the first failing rank raised.
@@ -78,11 +87,44 @@ def from_all_ranks(function: Callable[[], T]) -> list[T]:
         value = function()
     except Exception as problem:
         error = _text(problem)
-    answers = dist.all_gather_object((value, error))
+    answers = dist.all_gather_object((value, error), group)
     for rank, (_, text) in enumerate(answers):
         if text is not None:
             raise UserError(text if rank == 0 else f"rank {rank}: {text}")
     return [answer for answer, _ in answers]
+
+
+def from_all_ranks_in_turns(function: Callable[[], T], turn: float = 5.0) -> list[T]:
+    """`from_all_ranks` for what may take longer than a collective call may (`dist_timeout`).
+
+    Args:
+        function: runs in a thread on each rank.
+        turn: seconds between the collective calls in which the ranks wait.
+
+    Raises:
+        UserError: on all ranks, with what the first failing rank raised.
+    """
+    results: list[T] = []
+    errors: list[Exception] = []
+
+    def work() -> None:
+        try:
+            results.append(function())
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(0.2)
+    while not all(dist.all_gather_object(not thread.is_alive())):
+        thread.join(turn)
+
+    def outcome() -> T:
+        if errors:
+            raise errors[0]
+        return results[0]
+
+    return from_all_ranks(outcome)
 
 
 def _text(error: Exception) -> str:
