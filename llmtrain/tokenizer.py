@@ -14,6 +14,7 @@ from llmtrain.chat_template import NAMED, needed_tokens, template_text
 from llmtrain.config.base import Config, mistake
 from llmtrain.errors import UserError
 from llmtrain.quiet_transformers import quiet_transformers
+from llmtrain.trust import python_files, require
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -53,7 +54,8 @@ class TokenizerConfig(Config):
 def load_tokenizer(cfg: TokenizerConfig) -> "PreTrainedTokenizerFast":
     """Open a tokenizer through transformers.
 
-    Code from the hub is not run unless `kwargs` says `trust_remote_code: true`. The chat template and the special
+    Code that comes with it is not run unless `kwargs` says `trust_remote_code: true`, and then with `--trust-code`
+    only. The chat template and the special
     tokens of the config are part of what is returned: `save_pretrained` writes them.
 
     Raises:
@@ -64,6 +66,9 @@ def load_tokenizer(cfg: TokenizerConfig) -> "PreTrainedTokenizerFast":
 
     _refuse_missing_folder(cfg.name)
     kwargs = {"trust_remote_code": False, **cfg.kwargs, "use_fast": True}
+    if kwargs["trust_remote_code"]:
+        what = "the Python code that comes with this tokenizer" + _of_revision(cfg.kwargs)
+        require("tokenizer.kwargs.trust_remote_code", cfg.name, what=what, files=python_files(cfg.name))
     try:
         with (
             quiet_transformers()
@@ -73,7 +78,7 @@ def load_tokenizer(cfg: TokenizerConfig) -> "PreTrainedTokenizerFast":
         if "trust_remote_code" in str(problem):
             raise UserError(
                 f"tokenizer {cfg.name!r} comes with Python code of its own. If you have read it and trust it: "
-                "tokenizer.kwargs.trust_remote_code=true"
+                "tokenizer.kwargs.trust_remote_code=true --trust-code"
             ) from problem
         raise UserError(f"tokenizer {cfg.name!r} cannot be opened: {_first_line(problem)}") from problem
     if not getattr(tokenizer, "is_fast", False):
@@ -90,6 +95,11 @@ def load_tokenizer(cfg: TokenizerConfig) -> "PreTrainedTokenizerFast":
         tokenizer.chat_template = template_text(cfg.chat_template, cfg.system_prompt)
     _add_special_tokens(tokenizer, (*needed_tokens(cfg.chat_template), *cfg.special_tokens))
     return tokenizer
+
+
+def _of_revision(kwargs: Mapping[str, Any]) -> str:
+    revision = kwargs.get("code_revision") or kwargs.get("revision")
+    return f" (revision {revision})" if revision else ""
 
 
 def with_chat_template(tokenizer: "PreTrainedTokenizerFast") -> "PreTrainedTokenizerFast":

@@ -70,6 +70,21 @@ def require(key: str, value: object, *, what: str, files: Sequence[Path] = ()) -
         print(line, file=sys.stderr, flush=True)
 
 
+def require_all(recipe: Mapping[str, Any]) -> None:
+    """`require` for a whole recipe, before the time that its run takes to begin.
+
+    Raises:
+        UserError: there is no trust, and the recipe needs it; names each key.
+    """
+    if trusted() or not (found := needed(recipe)):
+        return
+    raise UserError(
+        "this recipe would run code that is not llmtrain's:\n"
+        + "".join(f"    {line}\n" for line in found)
+        + f"Read that code, and if you trust it, give {FLAG} on the command line (or set {VARIABLE}=1)."
+    )
+
+
 def needed(recipe: Mapping[str, Any]) -> list[str]:
     """What of a recipe would need trust, one line each, by looking at it alone; nothing is imported or opened.
 
@@ -81,7 +96,7 @@ def needed(recipe: Mapping[str, Any]) -> list[str]:
     found = []
     for path, value in _leaves(recipe, ()):
         if why := _why(path, value):
-            found.append(f"{'.'.join(path)}: {value} runs {why}")
+            found.append(f"{'.'.join(path)}: {value} ({why})")
     return found
 
 
@@ -94,7 +109,9 @@ def _why(path: tuple[str, ...], value: object) -> str | None:
     if key == "trust_remote_code":
         return "the Python code that comes with it"
     if key == "preprocessing_fn" and isinstance(value, str):
-        return "a function of this module" if names_a_module(value) else None
+        from llmtrain.conversations.preprocessing import names_foreign_code
+
+        return "a function of this module" if names_a_module(value) and names_foreign_code(value) else None
     if key == "function" and isinstance(value, str) and names_a_module(value):
         return "a function of this module"
     if key == "confirm_run_unsafe_code":

@@ -4,9 +4,29 @@ import contextlib
 import hashlib
 import importlib
 import inspect
+import runpy
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from llmtrain.errors import UserError
+from llmtrain.trust import require
+
+
+def run_code_paths(paths: Sequence[str] | None) -> None:
+    """Run the Python files of a recipe's `code_paths`, in their order (they may register components).
+
+    Raises:
+        UserError: there is no such file, or nobody said that it may run. Then none of them has run.
+    """
+    for path in paths or ():
+        if not Path(path).is_file():
+            raise UserError(f"code_paths: there is no file {path!r}")
+    for path in paths or ():
+        require("code_paths", path, what="this Python file", files=[Path(path)])
+    for path in paths or ():
+        runpy.run_path(path)
 
 
 def import_module(name: str) -> Any:

@@ -14,6 +14,7 @@ from llmtrain.checkpoint.weights import Weights
 from llmtrain.errors import UserError
 from llmtrain.model.config import MPTConfig
 from llmtrain.tokenizer import TokenizerConfig, fingerprint
+from llmtrain.trust import FLAG, trusted
 
 TOKENIZER = "tokenizer"
 """The folder of a run's tokenizer, or of an imported checkpoint's."""
@@ -75,10 +76,10 @@ def tokenizer_of(checkpoint: Path, recipe: Path | None) -> TokenizerConfig | Non
     except ValidationError:
         log.warning("%s: the tokenizer in its recipe is not usable: %s", checkpoint, block)
         return None
-    if named is not None and recipe is None and named.kwargs.get("trust_remote_code"):
+    if named is not None and recipe is None and named.kwargs.get("trust_remote_code") and not trusted():
         raise UserError(
             f"{checkpoint}: the recipe that came with it wants the tokenizer {named.name!r} opened with its own Python "
-            "code. If you have read that code and trust it, pass a recipe that says so: --recipe x.yaml"
+            f"code (tokenizer.kwargs.trust_remote_code). If you have read that code and trust it: {FLAG}. Or name another: --recipe x.yaml"
         )
     return named
 

@@ -85,15 +85,15 @@ def read_run(path: Path) -> Run:
 
 
 def _read_recipe(run: Run) -> bool:
-    import yaml
+    from llmtrain.config.safe_yaml import YAMLMistake, read_yaml
 
     file = run.path / "recipe.yaml"
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not file.is_file():
         return False
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        run.notes.append(f"recipe.yaml cannot be read ({type(error).__name__})")
+    try:
+        content = read_yaml(file)
+    except YAMLMistake as error:
+        run.notes.append(f"recipe.yaml cannot be read ({error})")
         return True
     run.recipe = content if isinstance(content, dict) else {}
     run.parameters = _parameters(run.recipe.get("model"))

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 import yaml
 
+from llmtrain.config.safe_yaml import refuse_depth
+
 Path = tuple[str, ...]
 """Keys from the root of the document; list positions are written as their number."""
 
@@ -74,9 +76,11 @@ def find_positions(text: str, source: str) -> Positions:
 
     Raises:
         yaml.YAMLError: The text is not YAML; the error carries the line.
+        UserError: It is nested too deeply.
         ValueError: The document unfolds to more than `MAX_NODES` values.
     """
     positions = Positions(source)
+    refuse_depth(text, source)
     root = yaml.compose(text, Loader=yaml.SafeLoader)
     if root is not None:
         positions.is_block = isinstance(root, yaml.MappingNode)

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from llmtrain.conversations.messages import BadExample, Chat, Example, PromptResponse, Tokenized
 from llmtrain.errors import UserError
+from llmtrain.trust import files_of_module, require
 from llmtrain.user_code import files_digest, import_module
 
 Preprocess = Callable[[Mapping[str, Any]], Mapping[str, Any] | Example]
@@ -14,6 +15,8 @@ _F = TypeVar("_F", bound=Preprocess)
 
 _REGISTERED: dict[str, Preprocess] = {}
 _DEFAULTS: dict[str, str] = {}
+_OURS = "llmtrain.conversations.adapters"
+"""Modules whose functions may be named without `--trust-code`."""
 _MAPPINGS = ({"prompt", "response"}, {"prompt", "completion"}, {"messages"}, {"conversations"})
 
 
@@ -126,6 +129,8 @@ def _function(name: str) -> Preprocess:
     if not module_name or not attribute or "/" in name:
         known = ", ".join(sorted(_REGISTERED))
         raise UserError(f"preprocessing_fn: {name!r} is neither package.module:function nor registered ({known})")
+    if not module_name.startswith(_OURS):
+        require("preprocessing_fn", name, what="a function of this module", files=files_of_module(module_name))
     try:
         module = import_module(module_name)
     except Exception as problem:  # importing runs any code
@@ -135,7 +140,15 @@ def _function(name: str) -> Preprocess:
     if not callable(function):
         what = "no function" if function is None else f"{type(function).__name__}, not a function,"
         raise UserError(f"preprocessing_fn: {name!r}: module {module_name!r} has {what} {attribute!r}")
+    if module_name.startswith(_OURS) and not str(getattr(function, "__module__", "")).startswith(_OURS):
+        raise UserError(f"preprocessing_fn: {name!r}: {attribute!r} is no function of {module_name} itself")
     return function  # type: ignore[no-any-return]
+
+
+def names_foreign_code(preprocessing_fn: str) -> bool:
+    """Whether a recipe's `preprocessing_fn` is imported from somewhere else than llmtrain."""
+    _load_adapters()
+    return preprocessing_fn not in _REGISTERED and not preprocessing_fn.startswith(_OURS)
 
 
 def _load_adapters() -> None:

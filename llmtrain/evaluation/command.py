@@ -4,7 +4,6 @@ import contextlib
 import gc
 import importlib.metadata
 import logging
-import runpy
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.util import find_spec
@@ -29,6 +28,7 @@ from llmtrain.evaluation.source import RECIPES, Place
 from llmtrain.hf_model.model import HFCausalLM
 from llmtrain.model.mpt import MPT
 from llmtrain.redaction import redact
+from llmtrain.user_code import run_code_paths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -125,11 +125,7 @@ def _prepare(plan: Plan, console: Console) -> None:
         console.print(f"note: {note}", highlight=False, soft_wrap=True)
     if plan.recipe is not None and plan.recipe.python_log_level is not None:
         logging.getLogger("llmtrain").setLevel(plan.recipe.python_log_level.upper())
-    for path in (plan.recipe.code_paths if plan.recipe is not None else None) or ():
-        if not Path(path).is_file():
-            raise UserError(f"code_paths: there is no file {path!r}")
-        console.print(f"code_paths: running {path}", highlight=False, soft_wrap=True)
-        runpy.run_path(path)
+    run_code_paths(plan.recipe.code_paths if plan.recipe is not None else None)
 
 
 def _refuse_place(plan: Plan, ranks: Ranks) -> None:

@@ -10,6 +10,8 @@ from lm_eval.tasks import TaskManager
 from llmtrain.errors import UserError
 from llmtrain.evaluation.harness_config import HarnessConfig, HarnessTask
 from llmtrain.evaluation.harness_model import SEED
+from llmtrain.evaluation.harness_trust import check_files, code_runs_with_trust_only
+from llmtrain.trust import require
 
 Spec = str | dict[str, Any]
 """What the harness loads: a name, or what a YAML file says."""
@@ -35,6 +37,7 @@ class Tasks:
         for folder in config.include_path:
             if not Path(folder).is_dir():
                 raise UserError(f"include_path {folder}: no such folder")
+            check_files("harness.include_path", sorted(Path(folder).rglob("*.yaml")))
         self.specs = [(task, spec) for task in config.tasks for spec in _specs(task.task)]
         named = [name for _, spec in self.specs for name in _names(spec)]
         folders = [str(Path(folder).expanduser()) for folder in config.include_path] or None
@@ -53,7 +56,10 @@ class Tasks:
         """
         name = name_of(spec)
         try:
-            loaded = _load(self._manager, spec)
+            with code_runs_with_trust_only(name):
+                loaded = _load(self._manager, spec)
+        except UserError:
+            raise
         except Exception as problem:  # datasets, hubs, templates and functions of tasks raise what they like
             raise UserError(_not_loaded(name, problem)) from problem
         wanted = self._config.num_fewshot if task.num_fewshot is None else task.num_fewshot
@@ -63,6 +69,8 @@ class Tasks:
                     f"{name}: runs code that the model writes. Set harness.confirm_run_unsafe_code: true where that "
                     "can do no harm (a container without network and secrets)"
                 )
+            if getattr(leaf, "UNSAFE_CODE", False):
+                require("harness.confirm_run_unsafe_code", name, what="code that the model writes")
             own = leaf.get_config("num_fewshot")
             if wanted and own == 0:  # the harness's own rule
                 self.notes.append(f"{leaf.config.task}: says num_fewshot: 0 itself and keeps it, not {wanted}")
@@ -131,6 +139,7 @@ def _specs(name: str) -> list[Spec]:
 
 def _read(file: Path) -> dict[str, Any] | None:
     """What a file says, with paths of its data made absolute; None where it is none of a task (a template, say)."""
+    check_files("harness.tasks", [file])
     try:
         spec = _yaml(file)
     except Exception as problem:  # yaml's, and those of code that `!function` names

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
+from llmtrain.config.safe_yaml import YAMLMistake, read_yaml
 from llmtrain.data.config import TextDatasetConfig
 from llmtrain.data.finetuning.config import FinetuningLoaderConfig
 from llmtrain.errors import UserError
@@ -261,7 +261,7 @@ def _has_icl_tasks(name: str) -> bool:
     if path.suffix not in RECIPES or not path.is_file():
         return False
     try:
-        content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError):
+        content: Any = read_yaml(path)
+    except YAMLMistake:
         return True  # its loader says what is wrong with it
     return isinstance(content, dict) and "icl_tasks" in content

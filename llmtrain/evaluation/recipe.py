@@ -8,7 +8,9 @@ from typing import Any
 import yaml
 
 from llmtrain.config.load import load
+from llmtrain.config.safe_yaml import YAMLMistake, read_yaml
 from llmtrain.evaluation.config import EvalRecipe
+from llmtrain.recipe.check import trust_lines
 from llmtrain.recipe.load import name_components, spread_length
 from llmtrain.redaction import redact
 
@@ -23,8 +25,8 @@ def is_eval_recipe(path: Path) -> bool:
     A file that cannot be read is none of either; the loader of training recipes then says what is wrong with it.
     """
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        data = read_yaml(path)
+    except YAMLMistake:
         return False
     if not isinstance(data, dict):
         return False
@@ -63,6 +65,7 @@ def check(path: str | Path, overrides: Sequence[str] = ()) -> str:
     models = f"{len(recipe.models)} model{'s' if len(recipe.models) > 1 else ''}"
     losses, tasks = len(recipe.eval_loader), len(recipe.icl_tasks) + len(recipe.harness.tasks if recipe.harness else ())
     lines = [f"{path}: a valid evaluation recipe: {models}, {losses} of data, {tasks} of tasks.", *recipe.notes()]
+    lines += trust_lines(recipe)
     given = redact(recipe.model_dump(mode="json", exclude_unset=True))
     text = yaml.safe_dump(given, sort_keys=False, allow_unicode=True, width=120)
     return "\n".join(f"# {line}" for line in lines) + "\n" + text

@@ -4,15 +4,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from pydantic import ValidationError
 from torch import Tensor
 
 from llmtrain.checkpoint import manifest
+from llmtrain.checkpoint.hugging_face import read_json
 from llmtrain.checkpoint.read import recipe_of
 from llmtrain.checkpoint.resolve import locate
 from llmtrain.checkpoint.sharded import ShardedTensors
 from llmtrain.checkpoint.unpickle import load_full
+from llmtrain.config.safe_yaml import read_yaml
 from llmtrain.errors import UserError
 from llmtrain.hf_model.build import parts
 from llmtrain.hf_model.config import HFConfig
@@ -30,8 +31,8 @@ def is_hf_run(path: Path, recipe: Path | None = None) -> bool:
         if not file.is_file():
             continue
         try:
-            content = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError):
+            content = read_json(file) if file.suffix == ".json" else read_yaml(file)
+        except UserError:
             continue  # whoever opens it says what is wrong
         content = content.get("recipe", content) if isinstance(content, dict) else {}
         model = content.get("model") if isinstance(content, dict) else None

@@ -17,6 +17,7 @@ from llmtrain.checkpoint.unpickle import refuse_code
 from llmtrain.errors import UserError
 from llmtrain.hf_model.config import HFConfig
 from llmtrain.quiet_transformers import quiet_transformers
+from llmtrain.trust import python_files, require
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,9 @@ def read_config(cfg: HFConfig) -> Any:
 
     name = cfg.pretrained_model_name_or_path
     refuse_missing_folder(name, "pretrained_model_name_or_path")
+    if cfg.trust_remote_code:
+        what = "the Python code that comes with this model"
+        require("model.trust_remote_code", name, what=what, files=python_files(name))
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=cfg.trust_remote_code)
     except Exception as problem:  # each architecture's config has checks of its own
@@ -49,8 +53,18 @@ def read_config(cfg: HFConfig) -> Any:
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(f"model.pretrained_model_name_or_path: {name!r} is an encoder-decoder, no causal LM.")
     _override(config, cfg.config_overrides, "model.config_overrides")
+    _refuse_kernels(config, name)
     config.use_cache = False
     return config
+
+
+def _refuse_kernels(config: Any, name: str) -> None:
+    """A config may name a repository of the hub as its attention, which transformers fetches and runs unasked."""
+    for part in (config, *(value for value in vars(config).values() if hasattr(value, "_attn_implementation"))):
+        for key in ("_attn_implementation", "_experts_implementation"):
+            wanted = getattr(part, key, None)
+            if isinstance(wanted, str) and "/" in wanted:
+                require(f"{key[1:]} in the config of {name}", wanted, what="a kernel of this repository on the hub")
 
 
 def _override(config: Any, overrides: dict[str, Any], where: str) -> None:
@@ -242,7 +256,10 @@ def refuse_missing_folder(name: str, key: str) -> None:
 def reason(problem: BaseException) -> str:
     """Why something of Hugging Face's cannot be opened, in one line."""
     if "trust_remote_code" in str(problem):
-        return "it comes with Python code of its own. If you have read it and trust it: model.trust_remote_code: true"
+        return (
+            "it comes with Python code of its own. If you have read it and trust it: model.trust_remote_code: true, "
+            "and --trust-code on the command line"
+        )
     if isinstance(problem, pickle.UnpicklingError):
         named = re.search(r"GLOBAL ([\w.]+)", str(problem))
         what = f" (it names `{named[1]}`)" if named else ""

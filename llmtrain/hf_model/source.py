@@ -16,6 +16,7 @@ from llmtrain.hf_model.load import UNREADABLE, read_config, reason
 from llmtrain.hf_model.lora import require_peft
 from llmtrain.quiet_transformers import quiet_transformers
 from llmtrain.tokenizer import TokenizerConfig, load_tokenizer
+from llmtrain.trust import require
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,8 @@ def _folder(path: Path) -> HFSource:
 
 def _adapter_folder(path: Path) -> HFSource:
     peft = require_peft()
-    base = str(read_json(path / "adapter_config.json").get("base_model_name_or_path") or "")
+    config = read_json(path / "adapter_config.json")
+    base = str(config.get("base_model_name_or_path") or "")
     if not base:
         raise UserError(f"{path}/adapter_config.json: does not say which model it belongs to.")
     files = ("adapter_model.safetensors", "adapter_model.bin")
@@ -79,6 +81,8 @@ def _adapter_folder(path: Path) -> HFSource:
         raise UserError(f"{path}: has no {files[0]} (nor {files[1]}).")
     cfg = HFConfig(name="hf_causal_lm", pretrained_model_name_or_path=base)
     refuse_code(path)
+    if config.get("megatron_config"):  # PEFT imports the module that stands beside it
+        require(f"megatron_core in {path}/adapter_config.json", config.get("megatron_core"), what="this module")
     model, _ = parts(cfg)
     try:
         with quiet_transformers():

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
+from pydantic import BaseModel
 
 from llmtrain.config.durations import parse
 from llmtrain.hf_model.config import HFConfig
@@ -14,6 +15,7 @@ from llmtrain.recipe.batch import batch_plan
 from llmtrain.recipe.load import load_recipe
 from llmtrain.recipe.recipe import Recipe
 from llmtrain.redaction import redact
+from llmtrain.trust import FLAG, needed
 
 
 def check(path: str | Path, overrides: Sequence[str] = (), *, last_mile: bool = False) -> str:
@@ -29,12 +31,17 @@ def check(path: str | Path, overrides: Sequence[str] = (), *, last_mile: bool = 
         UserError: The last mile fails.
     """
     recipe = load_recipe(path, overrides)
-    lines = [f"# {line}" for line in (f"{path}: valid.", *summary(recipe))]
+    lines = [f"# {line}" for line in (f"{path}: valid.", *summary(recipe), *trust_lines(recipe))]
     if last_mile:
         from llmtrain.training.last_mile import last_mile as tried
 
         lines += [f"# {part}" for line in tried(recipe) for part in line.splitlines()]
     return "\n".join(lines) + "\n" + resolved_yaml(recipe)
+
+
+def trust_lines(recipe: BaseModel) -> list[str]:
+    """What of a recipe runs with `--trust-code` only."""
+    return [f"needs {FLAG}: {line}" for line in needed(recipe.model_dump(mode="json"))]
 
 
 def resolved_yaml(recipe: Recipe) -> str:

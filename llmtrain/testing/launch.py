@@ -1,14 +1,11 @@
 """A real training run of several ranks, in a few seconds.
 
-Importing Composer takes longer than training a tiny model. So ranks are forked from a server process that has done the
-imports (the standard library's forkserver); apart from that they are what the launcher starts: processes of their own
-with the same environment variables. `launcher_command` gives the command line that a user would type.
+The processes are those of `llmtrain.certify.processes`, which are spared the imports. `launcher_command` gives the
+command line that a user would type.
 """
 
-import multiprocessing
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -16,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmtrain.testing.ranks import as_if_launched, preload
+from llmtrain.certify.processes import Ranks
 from llmtrain.training.loss_curve import read_metrics
 
 
@@ -63,16 +60,8 @@ class Run:
         name = next((o.split("=", 1)[1] for o in reversed(overrides) if o.startswith("run_name=")), recipe.stem)
         self.folder = cwd / "runs" / name
         self.log = cwd / f"{name}-{time.monotonic_ns()}.log"
-        context = multiprocessing.get_context("forkserver")
-        preload()
-        port = _free_port()
-        arguments = [str(recipe), *overrides]
-        self.processes = [
-            context.Process(target=_rank, args=(rank, ranks, port, str(cwd), str(self.log), arguments))
-            for rank in range(ranks)
-        ]
-        for process in self.processes:
-            process.start()
+        self.ranks = Ranks([str(recipe), *overrides, *trust_in_own(recipe)], ranks, cwd=cwd, log=self.log)
+        self.processes = self.ranks.processes
 
     def wait_for(self, text: str, timeout: float = 600) -> None:
         """Returns when a rank has printed `text`.
@@ -88,10 +77,7 @@ class Run:
 
     def send(self, signum: signal.Signals, ranks: Sequence[int] | None = None) -> None:
         """Sends a signal to all ranks, or to some."""
-        for rank, process in enumerate(self.processes):
-            if (ranks is None or rank in ranks) and process.is_alive():
-                assert process.pid is not None
-                os.kill(process.pid, signum)
+        self.ranks.send(signum, ranks)
 
     def output(self) -> str:
         """What was printed so far."""
@@ -129,7 +115,12 @@ def launch(recipe: Path, overrides: Sequence[str] = (), *, ranks: int = 1, cwd: 
 def launcher_command(recipe: Path, overrides: Sequence[str] = (), *, ranks: int = 1) -> list[str]:
     """The command line of the same run through Composer's launcher."""
     launcher = [sys.executable, "-m", "composer.cli.launcher", "-n", str(ranks)]
-    return [*launcher, "-m", "llmtrain.training.command", str(recipe), *overrides]
+    return [*launcher, "-m", "llmtrain.training.command", str(recipe), *overrides, *trust_in_own(recipe)]
+
+
+def trust_in_own(recipe: Path) -> list[str]:
+    """`--trust-code` where a test's recipe has code_paths of its own."""
+    return ["--trust-code"] if recipe.is_file() and "code_paths:" in recipe.read_text() else []
 
 
 def launcher_environment() -> dict[str, str]:
@@ -137,33 +128,3 @@ def launcher_environment() -> dict[str, str]:
     outer = ("RANK", "WORLD_", "LOCAL_", "MASTER_", "NODE_")
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(outer)}
     return {**inherited, "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-
-
-def _rank(rank: int, ranks: int, port: int, cwd: str, log: str, arguments: list[str]) -> None:
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    sys.stdout = os.fdopen(1, "w", buffering=1)
-    sys.stderr = os.fdopen(2, "w", buffering=1)
-    os.chdir(cwd)
-    as_if_launched()
-    os.environ.update(
-        RANK=str(rank),
-        WORLD_SIZE=str(ranks),
-        LOCAL_RANK=str(rank),
-        LOCAL_WORLD_SIZE=str(ranks),
-        NODE_RANK="0",
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        WANDB_MODE="offline",
-    )
-    from llmtrain.training.command import main
-
-    sys.exit(main(arguments))
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port

@@ -3,23 +3,32 @@
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from llmtrain.errors import UserError
+from llmtrain.launching.node_rank import complete_environment
+from llmtrain.redaction import redact_output
+from llmtrain.training.exit_codes import USER_ERROR
+from llmtrain.trust import take_flag
 
-USAGE = "usage: composer [-n RANKS] train.py RECIPE.yaml [key=value ...]"
+USAGE = "usage: composer [-n RANKS] train.py RECIPE.yaml [--trust-code] [key=value ...]"
 
 
 def main(arguments: Sequence[str]) -> int:
     """Trains the recipe named by the first argument, with the others as overrides.
 
     Returns:
-        0: finished, or was finished already. 2: a mistake in the recipe or its surroundings. 143: stopped by SIGTERM.
+        One of `llmtrain.training.exit_codes`.
     """
+    complete_environment()
+    redact_output()
+    arguments = take_flag(arguments)
     if not arguments or arguments[0].startswith("-") or "=" in arguments[0]:
         print(USAGE, file=sys.stderr)
-        return 2
+        return USER_ERROR
     # Before training starts all ranks of a node fail the same way, and one of them says why.
     speaks = os.environ.get("LOCAL_RANK", "0") == "0"
+    recipe = None
     try:
         if os.environ.get("RANK", "0") == "0":
             print(f"start       {arguments[0]}: importing torch and Composer", file=sys.stderr, flush=True)
@@ -27,15 +36,28 @@ def main(arguments: Sequence[str]) -> int:
 
         recipe = load_recipe(arguments[0], arguments[1:])
 
+        from llmtrain.training import watching
         from llmtrain.training.train import train
 
-        return train(recipe)
+        watching.this_process_is_a_rank()
+        code: int = train(recipe)
+        watching.stop()
+        return code
     except UserError as error:
-        if error.rank is not None:
-            print(f"error (rank {error.rank}): {error}", file=sys.stderr, flush=True)
-        elif speaks:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        if error.rank is None:
+            if speaks:
+                print(f"error: {error}", file=sys.stderr, flush=True)
+            return USER_ERROR
+        if recipe is None:
+            raise
+        failure: Exception = error
+    except Exception as error:
+        if recipe is None:
+            raise
+        failure = error
+    from llmtrain.training.failures import report
+
+    return report(failure, Path("runs") / recipe.run_name)
 
 
 if __name__ == "__main__":

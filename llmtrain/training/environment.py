@@ -8,7 +8,6 @@ import tempfile
 import warnings
 from collections.abc import Iterable
 from multiprocessing.util import Finalize
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,6 @@ from composer.devices import DeviceCPU, DeviceGPU
 from composer.utils import dist, reproducibility
 
 from llmtrain.cores import available_cores
-from llmtrain.errors import UserError
 from llmtrain.hf_model.model import HFCausalLM
 from llmtrain.model.kernels.denormals import NOTE, flush_denormals, flushed
 from llmtrain.recipe.batch import BatchPlan
@@ -25,6 +23,7 @@ from llmtrain.recipe.recipe import Recipe
 from llmtrain.training.fsdp import ShardingPlan
 from llmtrain.training.host_memory import keep_freed_memory
 from llmtrain.training.language_model import LanguageModel, trainable_parameters
+from llmtrain.user_code import run_code_paths
 
 
 def say(line: str) -> None:
@@ -52,7 +51,7 @@ def start(recipe: Recipe) -> torch.device:
         keep_freed_memory()
     set_logging(recipe)
     own_temporary_folder()
-    run_code_paths(recipe)
+    run_code_paths(recipe.code_paths)
     return device
 
 
@@ -91,17 +90,6 @@ def own_temporary_folder() -> None:
     if mine is not None:
         # Also where a process that multiprocessing started ends, which skips atexit; last, after workers were joined.
         Finalize(None, shutil.rmtree, args=(mine,), kwargs={"ignore_errors": True}, exitpriority=-1000)
-
-
-def run_code_paths(recipe: Recipe) -> None:
-    """Runs the Python files of `code_paths` (they may register components); says so, since a recipe is then code."""
-    import runpy
-
-    for path in recipe.code_paths or []:
-        if not Path(path).is_file():
-            raise UserError(f"code_paths: there is no file {path!r}")
-        say(f"code_paths: running {path}")
-        runpy.run_path(path)
 
 
 def seed_everything(seed: int) -> None:

@@ -33,6 +33,7 @@ def beside_the_recipe(tmp_path, monkeypatch):
     (package / "prep.py").write_text(MODULE)
     (package / "broken.py").write_text("import no_such_module_anywhere")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LLMTRAIN_TRUST_CODE", "1")
     before = set(sys.modules)
     yield package
     for name in set(sys.modules) - before:

@@ -98,3 +98,9 @@ def corpus(tmp_path, small_tokenizer):
 @pytest.fixture(name="digest")
 def _digest():
     return digest
+
+
+@pytest.fixture(autouse=True)
+def functions_of_our_own(monkeypatch):
+    """Recipes in these tests name functions that the tests wrote; tests/test_trust.py has what happens without it."""
+    monkeypatch.setenv("LLMTRAIN_TRUST_CODE", "1")

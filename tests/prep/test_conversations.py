@@ -190,6 +190,7 @@ def test_another_recipe_or_other_data_is_refused_unless_overwrite(tmp_path, chat
     functions = tmp_path / "my_adapter.py"
     functions.write_text("def f(row):\n    return row\n")
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("LLMTRAIN_TRUST_CODE", "1")
     source = {"files": [str(chats)], "preprocessing_fn": "my_adapter:f"}
     make(recipe(tmp_path, source))
     with pytest.raises(UserError, match=r"changed since: val_fraction.*overwrite=true"):

@@ -8,6 +8,7 @@ import numpy as np
 from llmtrain.errors import UserError
 from llmtrain.prep.stages.config import Language, UserFunction
 from llmtrain.prep.stages.step import Change, Drop, Step, Verdict
+from llmtrain.trust import files_of_module, require
 from llmtrain.user_code import import_module
 
 
@@ -15,9 +16,10 @@ def resolve(stage: str, name: str) -> Callable[[str], Any]:
     """The function `package.module:function`.
 
     Raises:
-        UserError: there is none, or its module cannot be imported.
+        UserError: there is none, or its module cannot be imported, or nobody said that its code may run.
     """
     module_name, _, attribute = name.partition(":")
+    require(f"stages.{stage}.function", name, what="a function of this module", files=files_of_module(module_name))
     try:
         module = import_module(module_name)
     except Exception as problem:  # importing runs any code
