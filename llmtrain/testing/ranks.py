@@ -1,6 +1,5 @@
 """Several gloo ranks in one line."""
 
-import multiprocessing
 import os
 import sys
 import tempfile
@@ -15,23 +14,13 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import ProcessExitedException, start_processes
 from torch.torch_version import TorchVersion
 
+from llmtrain.certify.processes import as_if_launched as as_if_launched
+from llmtrain.certify.processes import preload as preload
+
 GLOO_AVERAGES_GRADIENTS = TorchVersion(torch.__version__) >= "2.11"
 """Whether FSDP2 computes the right gradient on several gloo ranks; before, it summed where it should average."""
 
 _PATIENCE = 600
-
-
-def preload() -> None:
-    """Has the fork server import Composer and llmtrain once, which takes longer than most tests."""
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["llmtrain.testing.preloaded"])
-
-
-def as_if_launched() -> None:
-    """Called in a rank: processes that it starts in turn (a DataLoader's workers) are forked, as with the launcher.
-
-    The start method is inherited, and each worker would come from a fork server of its own, imports and all.
-    """
-    multiprocessing.set_start_method("fork", force=True)
 
 
 def run_ranks(function: Callable[..., Any], n_ranks: int, *args: Any) -> list[Any]:

@@ -1,4 +1,4 @@
-"""What the fork server imports once, so that no rank has to (see `llmtrain.testing.ranks.preload`)."""
+"""What the fork server imports once, so that no rank has to (see `llmtrain.certify.processes.preload`)."""
 
 from composer.utils.collect_env import get_cpu_model
 
