@@ -9,8 +9,11 @@ class WatchdogConfig(Config):
     """Says which rank a run waits for, and ends a run that hangs."""
 
     step_limit: float | None = Field(default=None, gt=0)
-    """Seconds that a step (or a batch of an evaluation, or a save) may take. Null: twenty times the median of the last
-    steps, but not less than a minute, and `dist_timeout` before there are any."""
+    """Seconds that a step, or a batch of an evaluation, may take. Null: twenty times the median of the last ones, but
+    not less than a minute (ten with `compile_config`), and `dist_timeout` before there are three. Whatever else a run
+    does (starting, saving, exporting) may take `dist_timeout`."""
+    heart_limit: float = Field(default=40.0, ge=5)
+    """Seconds without a sign of life after which a rank that the others wait for counts as lost."""
     report_interval: PositiveInt = 100
     """Steps between two looks at how long ranks compute and how long they wait for data."""
     slow_factor: float = Field(default=1.5, gt=1)
