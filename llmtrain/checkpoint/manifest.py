@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from llmtrain.checkpoint.code_version import code_version
 from llmtrain.errors import UserError
+from llmtrain.redaction import redact
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -98,7 +99,7 @@ def write(
         step: Finished optimizer steps.
         tokens: Training tokens seen so far, over all ranks.
         files: Name relative to ``folder`` -> its :func:`file_entry` (each rank may hash its own files).
-        recipe: The resolved recipe; must be JSON.
+        recipe: The resolved recipe; must be JSON. Its secrets are masked.
         tokenizer_fingerprint: Of the run's tokenizer, or None.
         attention: The kernel that computed it, and why.
         weights_only: The checkpoint holds weights and nothing to continue from.
@@ -110,7 +111,7 @@ def write(
         step=step,
         tokens=tokens,
         files=dict(sorted(files.items())),
-        recipe=dict(recipe),
+        recipe=redact(dict(recipe)),
         tokenizer_fingerprint=tokenizer_fingerprint,
         attention=dict(attention or {}),
         weights_only=weights_only,
@@ -239,7 +240,7 @@ def _versions() -> dict[str, str]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames within a folder durable; some network file systems refuse to open folders, which is no reason to fail."""
+    """Make renames within a folder durable; that some network file systems refuse to open folders is no failure."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:

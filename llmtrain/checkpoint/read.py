@@ -14,6 +14,7 @@ from llmtrain.checkpoint.torch_file import open_torch_file
 from llmtrain.checkpoint.weights import Renamed, Weights
 from llmtrain.errors import UserError
 from llmtrain.model.config import MPTConfig
+from llmtrain.redaction import redact, without_masked
 
 log = logging.getLogger(__name__)
 
@@ -59,13 +60,15 @@ def recipe_of(path: Path, recipe: Path | None = None) -> dict[str, Any] | None:
     """The resolved recipe that belongs to a checkpoint: the given file, the manifest's, or the run's ``recipe.yaml``.
 
     Returns:
-        The recipe as plain data, or None when there is none.
+        The recipe as plain data, or None when there is none. What was masked in it is left out: it is looked for where
+        it is looked for by itself (the environment).
     """
     folder = path if path.is_dir() else path.parent
     if recipe is not None:
         return _load_recipe(recipe)
     if (folder / manifest.MANIFEST).is_file():
-        return manifest.read(folder).recipe
+        known: dict[str, Any] = without_masked(redact(manifest.read(folder).recipe))
+        return known
     run = run_folder(path)
     beside = [place / "recipe.yaml" for place in (folder, *([run] if run else []))]
     for candidate in beside:

@@ -15,6 +15,7 @@ from rich.table import Table
 from llmtrain.evaluation.losses import Measured
 from llmtrain.evaluation.results import TaskResult, TaskResults
 from llmtrain.evaluation.results_picture import draw_results, short
+from llmtrain.redaction import redact
 
 _WIDTH = 160
 """Characters of a line of a table where a console does not say, or has too few."""
@@ -48,6 +49,7 @@ class Evaluated:
 def write_results(stem: Path, content: dict[str, Any], found: Sequence[Evaluated]) -> list[Path]:
     """Write STEM.json, .txt, .csv (losses by position) and .png, each atomically; returns their paths."""
     stem.parent.mkdir(parents=True, exist_ok=True)
+    content = redact(content)
     names = [stem.with_name(stem.name + suffix) for suffix in (".json", ".txt", ".csv", ".png")]
     _replace(names[0], json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
     text = io.StringIO()

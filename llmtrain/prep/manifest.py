@@ -10,6 +10,7 @@ from llmtrain.errors import UserError
 from llmtrain.prep.config import DataRecipe, PrepRecipe
 from llmtrain.prep.inputs import describe_inputs
 from llmtrain.prep.work import Work
+from llmtrain.redaction import redact
 from llmtrain.tokenizer import fingerprint
 
 FORMAT = 1
@@ -19,8 +20,9 @@ _NOT_CONTENT = {"out", "overwrite", "variables", "task"}  # keys of the recipe t
 
 
 def recipe_content(recipe: DataRecipe) -> dict[str, Any]:
-    """The part of a recipe that decides what is written."""
-    return recipe.model_dump(mode="json", exclude=_NOT_CONTENT)
+    """The part of a recipe that decides what is written, without secrets."""
+    content: dict[str, Any] = redact(recipe.model_dump(mode="json", exclude=_NOT_CONTENT))
+    return content
 
 
 def deciding(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from llmtrain.hf_model.model import HFCausalLM
 from llmtrain.model.kernels.denormals import NOTE, flush_denormals, flushed
 from llmtrain.recipe.batch import BatchPlan
 from llmtrain.recipe.recipe import Recipe
+from llmtrain.redaction import RedactedFormatter, redact, redact_text
 from llmtrain.training.fsdp import ShardingPlan
 from llmtrain.training.host_memory import keep_freed_memory
 from llmtrain.training.language_model import LanguageModel, trainable_parameters
@@ -29,7 +30,7 @@ from llmtrain.user_code import run_code_paths
 def say(line: str) -> None:
     """Prints a line once, on rank 0."""
     if dist.get_global_rank() == 0:
-        print(line, file=sys.stderr, flush=True)
+        print(redact_text(line), file=sys.stderr, flush=True)  # before W&B, which copies what is printed
 
 
 def say_each(lines: Iterable[str]) -> None:
@@ -70,7 +71,10 @@ def set_allocator(recipe: Recipe) -> None:
 
 def set_logging(recipe: Recipe) -> None:
     """Log levels of ours, Composer's and Streaming's loggers; third-party warnings that nobody can act on are muted."""
-    logging.basicConfig(format=f"%(asctime)s rank{dist.get_global_rank()} %(levelname)s %(name)s: %(message)s")
+    handler = logging.StreamHandler()
+    line = f"%(asctime)s rank{dist.get_global_rank()} %(levelname)s %(name)s: %(message)s"
+    handler.setFormatter(RedactedFormatter(line))
+    logging.basicConfig(handlers=[handler])
     for name in ("llmtrain", "composer", "streaming"):
         logging.getLogger(name).setLevel(recipe.python_log_level.upper())
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -106,13 +110,13 @@ def precision(recipe: Recipe, device: torch.device) -> str:
 
 
 def recipe_yaml(recipe: Recipe) -> str:
-    """The resolved recipe as YAML."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+    """The resolved recipe as YAML, secrets masked."""
+    return yaml.safe_dump(redact(recipe.model_dump(mode="json")), sort_keys=False)
 
 
 def hyperparameters(recipe: Recipe) -> dict[str, Any]:
-    """What loggers are told of the recipe; `metadata` at the top level unless `flatten_metadata` is off."""
-    values = recipe.model_dump(mode="json")
+    """What loggers are told of the recipe, without secrets; `metadata` at the top level unless told otherwise."""
+    values = redact(recipe.model_dump(mode="json"))
     metadata = values.pop("metadata") or {}
     return {**values, **metadata} if recipe.flatten_metadata else {**values, "metadata": metadata}
 

@@ -14,6 +14,7 @@ from composer.utils import dist
 
 from llmtrain.checkpoint.resolve import checkpoints_in
 from llmtrain.recipe.recipe import Recipe
+from llmtrain.redaction import redact
 from llmtrain.training.agreement import from_rank_zero, from_rank_zero_in_turns
 from llmtrain.training.background_export import BackgroundExport
 from llmtrain.training.environment import say
@@ -82,7 +83,10 @@ class HuggingFaceCheckpointer(Callback):  # type: ignore[misc]
         self._recipe = recipe
         self.place = ExportPlace.of(*self._given, recipe.run_name, run)
         self.run, self._checkpoints, self._stop_asked = run, checkpoints_of(recipe), stop_asked
-        self._record = {"recipe": recipe.model_dump(mode="json"), "tokenizer_fingerprint": tokenizer_fingerprint}
+        self._record = {
+            "recipe": redact(recipe.model_dump(mode="json")),
+            "tokenizer_fingerprint": tokenizer_fingerprint,
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """The exports that were not finished when a checkpoint was saved: a resumed run makes them up.

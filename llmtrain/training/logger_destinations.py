@@ -4,6 +4,7 @@ The workarounds stand here, each with what would let it go.
 """
 
 import secrets
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from composer.loggers import (
 )
 from composer.utils import format_name_with_dist
 
-from llmtrain.redaction import redact
+from llmtrain.redaction import redact, redact_arguments
 
 
 class WandB(WandBLogger):  # type: ignore[misc]
@@ -48,7 +49,12 @@ class WandB(WandBLogger):  # type: ignore[misc]
             self._init_kwargs.setdefault("dir", str(self._folder))
             if self._rank_zero_only and "id" not in self._init_kwargs:
                 self._init_kwargs.update(id=_run_id(self._folder / WANDB_RUN_ID), resume="allow")
-        super().init(state, logger)
+        given = sys.argv
+        try:
+            sys.argv = redact_arguments(given)  # W&B keeps the command line
+            super().init(state, logger)
+        finally:
+            sys.argv = given
 
     def log_hyperparameters(self, hyperparameters: dict[str, Any]) -> None:
         """Logs them without secrets."""

@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from llmtrain.errors import UserError
 from llmtrain.model.config import MPTConfig
+from llmtrain.redaction import redact
 
 FREE_MODEL_KEYS = {
     # What changes neither the weights' shapes nor the function that they compute.
@@ -103,6 +104,7 @@ def check_run(saved: dict[str, Any], now: dict[str, Any], checkpoint: Path) -> l
     """
     if not saved:  # a checkpoint that carries no recipe
         return []
+    saved, now = redact(saved), redact(now)  # the checkpoint's has no secrets
     check_model(saved, now, checkpoint)
     for key in ("name", "param_groups", "disable_grad"):
         old, new = (recipe.get("optimizer", {}).get(key) for recipe in (saved, now))
