@@ -8,11 +8,14 @@ from pathlib import Path
 from composer import Callback, Logger, State
 from composer.utils import dist
 
+from llmtrain.hf_model.model import HFCausalLM
+from llmtrain.model.mpt import MPT
 from llmtrain.recipe.recipe import Recipe
 from llmtrain.training.agreement import from_all_ranks, from_rank_zero
 from llmtrain.training.environment import say
 from llmtrain.training.heartbeat import HEARTBEATS, Heartbeats
 from llmtrain.training.step_limits import FLOOR, FLOOR_COMPILED, StepLimits, Work
+from llmtrain.training.step_times import StepTimes
 from llmtrain.training.watchdog import Watchdog
 
 _SHARED = ".shared"
@@ -154,6 +157,14 @@ class Watch(Callback):  # type: ignore[misc]
         self._begin("closing")
 
 
-def watch_callbacks() -> list[Callback]:
-    """The callback, where there is a watchdog."""
-    return [Watch(_current)] if _current is not None else []
+def watch_callbacks(recipe: Recipe, model: MPT | HFCausalLM) -> list[Callback]:
+    """What tells the watchdog of this process how far the run is, if there is one; and what measures steps.
+
+    Args:
+        recipe: the recipe.
+        model: whose blocks are timed.
+    """
+    if recipe.watchdog is None:
+        return []
+    blocks = (module for module in model.modules() if model.activation_checkpointing_fn(module))
+    return [*([Watch(_current)] if _current is not None else []), StepTimes(recipe.watchdog, blocks)]
