@@ -146,7 +146,7 @@ def _to_store(folder: Path, files: list[str], url: str, *, overwrite: bool) -> P
     shown = without_password(url)
     there = _listed(store, path, shown)
     sizes = {name: (folder / name).stat().st_size for name in files}
-    same = {name for name in files if name in there and _same(folder / name, there[name])}
+    same = {name for name in files if name in there and same_content(folder / name, there[name])}
     old = [name for name in there if of_an_export(name) and name not in sizes]
     in_the_way = old + [name for name in files if name in there and name not in same]
     if not overwrite and in_the_way:
@@ -164,7 +164,7 @@ def _to_store(folder: Path, files: list[str], url: str, *, overwrite: bool) -> P
             if name in sent:
                 _put(store, path + name, folder / name, f"writing {shown}/{name}")
             advance(sizes[name])
-    problems, hashed = _arrived(folder, files, sent, _listed(store, path, shown))
+    problems, hashed = arrived(folder, files, sent, _listed(store, path, shown))
     if problems:
         raise UserError(f"{shown}: did not arrive as it was sent: {'; '.join(problems[:4])}")
     checked = "each file's size and hash compared" if hashed else "each file's size compared (not all MD5s are known)"
@@ -195,7 +195,7 @@ def _listed(store: Store, path: str, shown: str) -> dict[str, StoredFile]:
     return {file.path.removeprefix(path): file for file in found}
 
 
-def _arrived(folder: Path, files: list[str], sent: set[str], there: dict[str, StoredFile]) -> tuple[list[str], bool]:
+def arrived(folder: Path, files: list[str], sent: set[str], there: dict[str, StoredFile]) -> tuple[list[str], bool]:
     """What is missing or differs, and whether hashes could be compared.
 
     What looks like an MD5 is none where a bucket encrypts with keys of its own: then it fits no file that was sent.
@@ -207,7 +207,7 @@ def _arrived(folder: Path, files: list[str], sent: set[str], there: dict[str, St
             problems.append(f"{name} is not there")
         elif there[name].size != size:
             problems.append(f"{name} has {there[name].size:,} bytes instead of {size:,}")
-        elif _same(folder / name, there[name]):
+        elif same_content(folder / name, there[name]):
             same.append(name)
         else:
             other.append(name)
@@ -221,7 +221,7 @@ def _is_md5(stored: StoredFile) -> bool:
     return len(stored.version.strip('"')) == 32
 
 
-def _same(file: Path, stored: StoredFile) -> bool:
+def same_content(file: Path, stored: StoredFile) -> bool:
     """Whether a stored file is known to be this one: S3's ETag is the MD5, or that of the parts' MD5s."""
     tag = stored.version.strip('"')
     digest, _, parts = tag.partition("-")

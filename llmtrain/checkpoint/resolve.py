@@ -17,6 +17,12 @@ LATEST = "latest"
 _NAME = re.compile(r"^ep(\d+)-ba(\d+)$")
 
 
+def step_and_epoch(name: str) -> tuple[int, int] | None:
+    """Finished steps and epochs of a checkpoint's name, `epE-baB`; None for another kind of name."""
+    match = _NAME.match(name)
+    return (int(match[2]), int(match[1])) if match else None
+
+
 @dataclass(frozen=True)
 class CheckpointInfo:
     """A checkpoint folder as it lies on disk; its files are not verified yet."""
@@ -80,9 +86,16 @@ def first_intact(
         verify: A checkpoint's problems, one line each.
         say: Receives one line for each that was refused, with the reason.
     """
+    return first_usable(candidates, lambda info: verify(info.path), say)
+
+
+def first_usable(
+    candidates: Iterable[CheckpointInfo], problems_of: Callable[[CheckpointInfo], list[str]], say: Callable[[str], None]
+) -> tuple[CheckpointInfo | None, list[str]]:
+    """`first_intact` where a candidate is more than its folder: one in a store has to be fetched first."""
     refused: list[str] = []
     for info in candidates:
-        problems = [info.problem] if info.problem else verify(info.path)
+        problems = [info.problem] if info.problem else problems_of(info)
         if not problems:
             return info, refused
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""

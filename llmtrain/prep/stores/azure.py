@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ class AzureStore:
             raise ConnectionError("the storage sent nothing")
         return data
 
-    def put(self, path: str, content: bytes | Path) -> None:
+    def put(self, path: str, content: bytes | Path, sent: Callable[[int], None] | None = None) -> None:
         """See `Store`. The storage compares an MD5."""
         client = self._container.get_blob_client(path)
         with _errors():

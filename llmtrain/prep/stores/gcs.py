@@ -1,6 +1,6 @@
 """Google Cloud Storage."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ class GcsStore:
             raise ConnectionError("the storage sent nothing")
         return data
 
-    def put(self, path: str, content: bytes | Path) -> None:
+    def put(self, path: str, content: bytes | Path, sent: Callable[[int], None] | None = None) -> None:
         """See `Store`. The storage compares an MD5."""
         blob = self._bucket.blob(path)
         with _errors():

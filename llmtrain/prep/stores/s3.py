@@ -2,8 +2,9 @@
 
 import base64
 import hashlib
+import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -98,13 +99,14 @@ class S3Store:
             raise ConnectionError("the storage sent nothing")
         return data
 
-    def put(self, path: str, content: bytes | Path) -> None:
+    def put(self, path: str, content: bytes | Path, sent: Callable[[int], None] | None = None) -> None:
         """See `Store`."""
         with _errors():
             if isinstance(content, Path) and content.stat().st_size > _ONE_REQUEST:
-                self._client.upload_file(str(content), self._bucket, path, ExtraArgs=self._extra or None)
+                extra = self._extra or None
+                self._client.upload_file(str(content), self._bucket, path, ExtraArgs=extra, Callback=sent)
             elif isinstance(content, Path):
-                with content.open("rb") as file:
+                with _Watched(content, sent) as file:
                     digest = hashlib.file_digest(file, "md5").digest()
                     file.seek(0)
                     self._put(path, file, digest)
@@ -122,6 +124,25 @@ class S3Store:
     def _put(self, path: str, body: Any, digest: bytes) -> None:
         md5 = base64.b64encode(digest).decode()
         self._client.put_object(Bucket=self._bucket, Key=path, Body=body, ContentMD5=md5, **self._extra)
+
+
+class _Watched(io.FileIO):
+    """A local file that tells how far it has been read: the second time, after its hash was computed."""
+
+    def __init__(self, path: Path, sent: Callable[[int], None] | None) -> None:
+        super().__init__(path, "rb")
+        self._sent, self._furthest, self._hashed = sent, 0, False
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._hashed = self._hashed or (self.tell() > 0 and offset == 0)
+        return super().seek(offset, whence)
+
+    def read(self, size: int | None = -1) -> bytes:
+        data = super().read(-1 if size is None else size)
+        if self._sent is not None and self._hashed and self.tell() > self._furthest:
+            self._sent(self.tell() - self._furthest)
+            self._furthest = self.tell()
+        return data
 
 
 def _stored(path: str, size: int, entry: dict[str, Any]) -> StoredFile:

@@ -6,7 +6,7 @@ import re
 import stat
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,7 @@ class SftpStore:
                 data += some
         return bytes(data)
 
-    def put(self, path: str, content: bytes | Path) -> None:
+    def put(self, path: str, content: bytes | Path, sent: Callable[[int], None] | None = None) -> None:
         """See `Store`: under a temporary name, and then renamed."""
         folder, _, name = path.rpartition("/")
         temporary = f"/{folder}/.{name}.{uuid.uuid4().hex}.llmtrain"
@@ -99,7 +99,8 @@ class SftpStore:
         with source, self._connected() as sftp:
             self._make_folder(sftp, folder)
             try:
-                sftp.putfo(source, temporary, size)  # compares the size afterwards
+                # It compares the size afterwards.
+                sftp.putfo(source, temporary, size, _differences(sent) if sent is not None else None)
                 self._rename(sftp, temporary, f"/{path}")
             except FileNotFoundError as problem:
                 self._folders.clear()  # somebody has deleted one of them
@@ -225,6 +226,18 @@ class SftpStore:
         if self._reading is not None:
             self._reading[2].close()
             self._reading = None
+
+
+def _differences(sent: Callable[[int], None]) -> Callable[[int, int], None]:
+    """As paramiko wants it: told how many bytes have gone in all."""
+    before = 0
+
+    def progress(done: int, _size: int) -> None:
+        nonlocal before
+        sent(done - before)
+        before = done
+
+    return progress
 
 
 class _OnlyKnownHosts:

@@ -1,6 +1,6 @@
 """What a storage has to be able to do."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -51,8 +51,14 @@ class Store(Protocol):
             Changed: it is not that version any more.
         """
 
-    def put(self, path: str, content: bytes | Path) -> None:
-        """Write a file, from bytes or a local file: afterwards it is there as a whole, or as it was before."""
+    def put(self, path: str, content: bytes | Path, sent: Callable[[int], None] | None = None) -> None:
+        """Write a file, from bytes or a local file: afterwards it is there as a whole, or as it was before.
+
+        Args:
+            path: where.
+            content: bytes, or the path of a local file.
+            sent: told how many bytes of a local file have gone since the last call, where the client tells.
+        """
 
     def remove(self, path: str) -> None:
         """Delete a file; one that is not there is no mistake."""
