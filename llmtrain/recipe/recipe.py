@@ -209,7 +209,7 @@ class Recipe(Config):
     cuda_load_lazy: bool = False
     """Load CUDA kernels when they are first used."""
     deterministic: bool = False
-    """Only operations that give the same bits each time; slower. See docs/resume.md for what is the same without it."""
+    """Only operations that give the same bits each time; slower on GPUs. See docs/determinism.md."""
 
     # When something goes wrong
     bad_steps: BadStepsConfig = BadStepsConfig()
@@ -514,6 +514,22 @@ class Recipe(Config):
             raise mistake(
                 f"`max_seq_len` is only {longest}.",
                 "algorithms.seq_length_warmup.min_seq_length",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _same_bits_each_time(self) -> Self:
+        if not self.deterministic:
+            return self
+        if self.compile_config is not None and "max-autotune" in (self.compile_config.mode or ""):
+            raise mistake(
+                "`deterministic: true` is set, and max-autotune chooses kernels by timing them. Use `default`.",
+                "compile_config.mode",
+            )
+        if isinstance(self.model, MPTConfig) and self.model.attn_config.flex_backend == "flash":
+            raise mistake(
+                "`deterministic: true` is set, and the backward pass of this backend adds in any order. Use `triton`.",
+                "model.attn_config.flex_backend",
             )
         return self
 

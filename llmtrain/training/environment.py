@@ -21,6 +21,7 @@ from llmtrain.model.kernels.denormals import NOTE, flush_denormals, flushed
 from llmtrain.recipe.batch import BatchPlan
 from llmtrain.recipe.recipe import Recipe
 from llmtrain.redaction import RedactedFormatter, redact, redact_text
+from llmtrain.training.determinism import set_determinism
 from llmtrain.training.fsdp import ShardingPlan
 from llmtrain.training.host_memory import keep_freed_memory
 from llmtrain.training.language_model import LanguageModel, trainable_parameters
@@ -43,6 +44,7 @@ def start(recipe: Recipe) -> torch.device:
     """Prepares this process for training and returns the device it trains on."""
     flush_denormals()  # before anything starts torch's threads, which take it over
     set_allocator(recipe)
+    set_determinism(recipe)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not dist.is_initialized():
         dist.initialize_dist(DeviceGPU() if device.type == "cuda" else DeviceCPU(), recipe.dist_timeout)
@@ -174,6 +176,7 @@ def summary(
         f"batch       {batch.global_batch_size} x {recipe.max_seq_len} = {tokens:,} tokens a step: {share} x "
         f"{batch.accumulation_steps} micro-batch(es) of {batch.microbatch_size}",
         f"device      {ranks} x {name}, {precision}, {sharding.strategy}, torch {torch.__version__}"
+        + (", deterministic" if recipe.deterministic else "")
         + (f", {NOTE}" if device.type == "cpu" and flushed() else ""),
     ]
     return "\n".join(lines)

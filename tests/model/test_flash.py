@@ -41,7 +41,9 @@ def flash_attn_func(
     return_attn_probs: bool = False,
 ) -> Tensor:
     """(batch, T, heads, head_dim); causality, windows and ALiBi aligned to the bottom right corner."""
-    CALLS.append({"heads": q.shape[2], "window_size": window_size, "dropout_p": dropout_p})
+    CALLS.append(
+        {"heads": q.shape[2], "window_size": window_size, "dropout_p": dropout_p, "deterministic": deterministic}
+    )
     assert causal
     assert not return_attn_probs
     assert q.shape[2] % k.shape[2] == 0
@@ -90,7 +92,7 @@ def flash_attn_varlen_func(
     queries, keys, values = (
         torch.split(x, ends.diff().tolist()) for x, ends in ((q, cu_seqlens_q), (k, cu_seqlens_k), (v, cu_seqlens_k))
     )
-    how = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
+    how = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
     parts = zip(queries, keys, values, strict=True)
     return torch.cat([flash_attn_func(q_s[None], k_s[None], v_s[None], *how)[0] for q_s, k_s, v_s in parts])
 
@@ -237,6 +239,21 @@ def test_dropout_is_passed_on() -> None:
     assert CALLS[-1]["dropout_p"] == 0.25
     with pytest.raises(UserError, match="soft-capping"):
         FLASH.attend(q, k, v, mask, softmax_scale=0.3, dropout_p=0.25, softcap=2.0)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("wanted", [False, True])
+def test_the_backward_pass_is_deterministic_where_torch_is(wanted: bool, packed: bool) -> None:
+    q, k, v = qkv(6, 2, 4, 4)
+    documents = torch.zeros(len(q), 4, dtype=torch.int64) if packed else None
+    mask = FLASH.prepare(Visibility(4, 4, CPU, q.dtype, documents=documents))
+    before = torch.are_deterministic_algorithms_enabled()
+    try:
+        torch.use_deterministic_algorithms(wanted)
+        FLASH.attend(q, k, v, mask, softmax_scale=0.3, dropout_p=0.0, softcap=None)
+    finally:
+        torch.use_deterministic_algorithms(before)
+    assert CALLS[-1]["deterministic"] is wanted
 
 
 def test_float32_is_refused() -> None:

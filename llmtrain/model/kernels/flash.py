@@ -181,6 +181,8 @@ def _attend(
 ) -> Tensor:
     _check(q, k, v, mask, dropout_p, softcap)
     how = {"dropout_p": dropout_p, "softmax_scale": softmax_scale, "causal": True, "softcap": softcap or 0.0}
+    # Its backward pass adds to the queries' gradients in the order in which blocks come, unless told otherwise.
+    how["deterministic"] = torch.are_deterministic_algorithms_enabled()
     rows = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (batch, T, heads, head_dim)
     kv_heads = k.shape[1]
     groups = [(mask.window, list(range(kv_heads)))]
