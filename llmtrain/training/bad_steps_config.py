@@ -11,7 +11,8 @@ class NonFiniteConfig(Config):
     """A loss or gradient that is inf or NaN. The update is never applied."""
 
     action: Literal["stop", "skip"] = "stop"
-    """`stop` the run with a report, or `skip` the step: the weights stay, the data goes on."""
+    """`stop` the run with a report, or `skip` the step: the weights stay, the data goes on. Weights that are not finite
+    before the step stop the run in both cases."""
     max_skipped: PositiveInt = 10
     """With `skip`: after so many skipped steps in the run, the next one stops it."""
 
@@ -20,20 +21,23 @@ class LossSpikeConfig(Config):
     """A loss far above the median of the last steps."""
 
     action: Literal["stop", "skip", "rewind"] = "rewind"
-    """`rewind` continues from the last checkpoint before the spike, and leaves out the updates around it."""
-    window: PositiveInt = 100
-    """Steps that the median is taken over; nothing is a spike before there are so many."""
-    threshold: float = Field(default=3.0, gt=0)
+    """`skip` the step that is one; or `rewind`: continue from the newest checkpoint before the spike, and leave out
+    the updates around it; or `stop` the run. In all cases the step's own update is not applied."""
+    window: int = Field(default=100, ge=4)
+    """Steps that the median is taken over, without those above the threshold; nothing is a spike before there are so
+    many."""
+    threshold: float = Field(default=8.0, gt=0, allow_inf_nan=False)
     """How far above the median: in units of 1.4826 times the median absolute deviation of the window, but at least
     this percentage of the median."""
     patience: PositiveInt = 1
-    """Steps in a row above the threshold that make a spike."""
-    skip_before: int = Field(default=0, ge=0)
-    """With `rewind`: steps before the spike whose updates are left out as well."""
-    skip_after: int = Field(default=0, ge=0)
-    """With `rewind`: steps after it."""
+    """Steps in a row above the threshold that make a spike; the updates of those before the last are applied."""
+    skip_before: int = Field(default=2, ge=0)
+    """With `rewind`: steps before the spike whose updates are left out as well. The loss of a step is that of the
+    weights that the steps before it have made; with 0 (and `patience` 1) `skip` gives the same weights sooner."""
+    skip_after: int = Field(default=2, ge=0)
+    """With `rewind`: steps after it whose updates are left out as well."""
     max_rewinds: PositiveInt = 3
-    """After so many rewinds or skips in the run, the next spike stops it."""
+    """After so many rewinds (or, with `skip`, skipped steps) in the run, the next spike stops it."""
 
 
 class BadStepsConfig(Config):

@@ -2,6 +2,7 @@
 
 import signal
 import sys
+import time
 from types import FrameType
 
 import torch
@@ -30,13 +31,22 @@ class Preemption(Callback):  # type: ignore[misc]
     def __init__(self, saver: CheckpointSaver | None) -> None:
         self.saver = saver
         self.received = False
+        self.received_at: float | None = None
+        """When the first one came, in `time.monotonic`: what is left to be done has some 30 seconds from then."""
 
     def install(self) -> None:
-        """Takes over SIGTERM; called after the Trainer was made, since importing Composer installs its own handler."""
-        signal.signal(signal.SIGTERM, self._handle)
+        """Takes over SIGTERM; called after the Trainer was made, since importing Composer installs its own handler.
+
+        A SIGTERM that an earlier trainer of this process has received, and not seen, counts.
+        """
+        earlier = getattr(signal.signal(signal.SIGTERM, self._handle), "__self__", None)
+        if isinstance(earlier, Preemption):
+            self.received = self.received or earlier.received
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         self.received = True
+        if self.received_at is None:
+            self.received_at = time.monotonic()
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         self._stop_if_asked(state)
