@@ -220,9 +220,56 @@ def launch(
     ] = False,
     only_print: Annotated[bool, typer.Option("--print", help="Print the commands, and run nothing.")] = False,
     trust_code: Annotated[bool, typer.Option("--trust-code", help="The recipe may run code that it names.")] = False,
+    on_cpu: Annotated[bool, typer.Option("--cpu", help="Ranks on CPUs: ask a scheduler for no GPUs.")] = False,
+    env: Annotated[list[str] | None, typer.Option(help="KEY=VALUE for the ranks; no secrets.")] = None,
+    time: Annotated[str | None, typer.Option(help="Limit of one start: 24:00:00.", rich_help_panel="SLURM")] = None,
+    partition: Annotated[str | None, typer.Option(help="Its queue.", rich_help_panel="SLURM")] = None,
+    account: Annotated[str | None, typer.Option(help="Who pays.", rich_help_panel="SLURM")] = None,
+    qos: Annotated[str | None, typer.Option(help="Quality of service.", rich_help_panel="SLURM")] = None,
+    sbatch: Annotated[
+        list[str] | None,
+        typer.Option(help="More of sbatch: KEY=VALUE, or KEY for a flag.", rich_help_panel="SLURM"),
+    ] = None,
+    max_requeues: Annotated[
+        int, typer.Option(min=0, help="Returns to the queue until it gives up.", rich_help_panel="SLURM")
+    ] = 100,
+    image: Annotated[str, typer.Option(help="With llmtrain in it.", rich_help_panel="Kubernetes")] = "",
+    namespace: Annotated[str | None, typer.Option(help="kubectl's, left out.", rich_help_panel="Kubernetes")] = None,
+    volume_claim: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="CLAIM:/path, a PersistentVolumeClaim; the first one is the working directory.",
+            rich_help_panel="Kubernetes",
+        ),
+    ] = None,
+    workdir: Annotated[
+        str | None, typer.Option(help="Another working directory.", rich_help_panel="Kubernetes")
+    ] = None,
+    secret_env: Annotated[
+        list[str] | None,
+        typer.Option(help="VARIABLE=SECRET/KEY, or SECRET for all keys.", rich_help_panel="Kubernetes"),
+    ] = None,
+    request: Annotated[
+        list[str] | None, typer.Option(help="cpu=32, memory=200Gi, ...", rich_help_panel="Kubernetes")
+    ] = None,
+    gpu_resource: Annotated[
+        str, typer.Option(help="What a GPU is called.", rich_help_panel="Kubernetes")
+    ] = "nvidia.com/gpu",
+    node_selector: Annotated[
+        list[str] | None, typer.Option(help="LABEL=VALUE of nodes.", rich_help_panel="Kubernetes")
+    ] = None,
+    shm_size: Annotated[str, typer.Option(help="Of /dev/shm.", rich_help_panel="Kubernetes")] = "16Gi",
+    service_account: Annotated[
+        str | None, typer.Option(help="The namespace's, left out.", rich_help_panel="Kubernetes")
+    ] = None,
+    pod_retries: Annotated[
+        int, typer.Option(min=0, help="Replacements of a failed pod.", rich_help_panel="Kubernetes")
+    ] = 5,
 ) -> None:
     """Train a recipe on one host or several, and start it again when it crashes."""
     from llmtrain.launching.command import Options, launch_command
+    from llmtrain.launching.kubernetes import KubernetesOptions
+    from llmtrain.launching.slurm import SlurmOptions
     from llmtrain.trust import trust
 
     if trust_code:
@@ -240,6 +287,29 @@ def launch(
         grace=grace,
         restart_preempted=restart_preempted,
         only_print=only_print,
+        on_cpu=on_cpu,
+        variables=tuple(env or ()),
+        slurm=SlurmOptions(
+            time=time,
+            partition=partition,
+            account=account,
+            qos=qos,
+            sbatch=tuple(sbatch or ()),
+            max_requeues=max_requeues,
+        ),
+        kubernetes=KubernetesOptions(
+            image=image,
+            namespace=namespace,
+            volume_claims=tuple(volume_claim or ()),
+            workdir=workdir,
+            secrets=tuple(secret_env or ()),
+            requests=tuple(request or ()),
+            gpu_resource=gpu_resource,
+            node_selector=tuple(node_selector or ()),
+            shared_memory=shm_size,
+            service_account=service_account,
+            retries=pod_retries,
+        ),
     )
     raise typer.Exit(launch_command(recipe, overrides or [], options))
 

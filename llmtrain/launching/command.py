@@ -5,16 +5,19 @@ import shutil
 import socket
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from llmtrain import trust
 from llmtrain.errors import UserError
 from llmtrain.launching.devices import count_gpus
+from llmtrain.launching.kubernetes import KubernetesOptions, manifest
 from llmtrain.launching.network import address_towards, interface_of, is_own
 from llmtrain.launching.plan import VERDICT, LaunchPlan, check_ranks, shell
 from llmtrain.launching.rank import ELASTIC
+from llmtrain.launching.slurm import SlurmOptions, script, submit
 from llmtrain.launching.supervisor import Job, inherited, say, supervise
+from llmtrain.launching.variables import parse_variables
 from llmtrain.recipe.check import summary
 from llmtrain.recipe.load import load_recipe
 from llmtrain.recipe.recipe import Recipe
@@ -40,6 +43,10 @@ class Options:
         grace: seconds that ranks have to save and end after SIGTERM.
         restart_preempted: start again, too, when somebody else sent the ranks SIGTERM.
         only_print: print the commands and run nothing.
+        on_cpu: ranks are processes on CPUs, so a scheduler is asked for no GPUs.
+        variables: `KEY=VALUE` for the ranks.
+        slurm: what SLURM is asked for.
+        kubernetes: what Kubernetes is asked for.
     """
 
     scheduler: str | None = None
@@ -54,6 +61,10 @@ class Options:
     grace: float = 300.0
     restart_preempted: bool = False
     only_print: bool = False
+    on_cpu: bool = False
+    variables: Sequence[str] = ()
+    slurm: SlurmOptions = field(default_factory=SlurmOptions)
+    kubernetes: KubernetesOptions = field(default_factory=KubernetesOptions)
 
 
 def launch_command(path: Path, overrides: Sequence[str], options: Options) -> int:
@@ -77,7 +88,11 @@ def launch_command(path: Path, overrides: Sequence[str], options: Options) -> in
         return _local(plan, recipe, options)
     if scheduler == "torchrun":
         return _several_hosts(plan, recipe, options)
-    raise UserError(f"--scheduler: {scheduler} is not there yet")
+    if scheduler == "slurm":
+        return _slurm(plan, options)
+    asked = replace(options.kubernetes, grace=int(options.grace))
+    print(manifest(plan, asked, save_folder=recipe.save_folder), end="")
+    return 0
 
 
 def _check_options(options: Options) -> str:
@@ -91,6 +106,8 @@ def _check_options(options: Options) -> str:
         raise UserError(f"--scheduler: {scheduler!r} is none of {', '.join(SCHEDULERS)}")
     if options.min_nodes is not None and options.min_nodes > options.nodes:
         raise UserError(f"--min-nodes: {options.min_nodes} is more than --nodes {options.nodes}")
+    if scheduler in ("slurm", "kubernetes") and options.gpus_per_node is None:
+        raise UserError(f"--gpus-per-node: {scheduler}'s nodes are others than this machine; say how many they have")
     if scheduler == "local" and options.nodes > 1:
         raise UserError(f"--scheduler: local is for one host, and --nodes is {options.nodes}: use torchrun")
     if scheduler == "torchrun" and options.rdzv_endpoint is None and options.nodes > 1:
@@ -114,7 +131,7 @@ def _check_options(options: Options) -> str:
 def _plan(path: Path, overrides: Sequence[str], options: Options, recipe: Recipe) -> LaunchPlan:
     gpus = options.gpus_per_node
     counted = count_gpus() if gpus is None else 0
-    environment = {trust.VARIABLE: "1"} if trust.trusted() else {}
+    environment = {**parse_variables(options.variables), **({trust.VARIABLE: "1"} if trust.trusted() else {})}
     return LaunchPlan(
         recipe=path,
         overrides=tuple(overrides),
@@ -122,7 +139,7 @@ def _plan(path: Path, overrides: Sequence[str], options: Options, recipe: Recipe
         nodes=options.nodes,
         min_nodes=options.min_nodes or options.nodes,
         gpus_per_node=gpus if gpus is not None else max(1, counted),
-        on_gpu=gpus is not None or counted > 0,
+        on_gpu=not options.on_cpu and (gpus is not None or counted > 0),
         max_restarts=options.max_restarts,
         rdzv_endpoint=options.rdzv_endpoint,
         rdzv_conf=options.rdzv_conf,
@@ -201,6 +218,17 @@ def _interface(address: str | None) -> dict[str, str]:
     if address is None or GLOO_INTERFACE in os.environ or (interface := interface_of(address)) is None:
         return {}
     return {GLOO_INTERFACE: interface}
+
+
+def _slurm(plan: LaunchPlan, options: Options) -> int:
+    text = script(plan, replace(options.slurm, grace=int(options.grace)))
+    if options.only_print:
+        print(text, end="")
+        return 0
+    job = submit(text, plan)
+    say(f"job {job}: runs/{plan.run_name}/slurm.sh; its output: runs/{plan.run_name}/slurm-{job}.out")
+    print(job)
+    return 0
 
 
 def _job(
