@@ -26,12 +26,14 @@ class Attempt:
     Attributes:
         code: the launcher's exit code, negative for a signal.
         deaths: ranks that ended, in the order in which that was seen.
+        overdue: it was asked to end, did not in time, and was killed.
         port_taken: a rank could not listen where it should.
         seconds: how long it took.
     """
 
     code: int = 0
     deaths: list[Death] = field(default_factory=list)
+    overdue: bool = False
     port_taken: bool = False
     seconds: float = 0.0
 
@@ -96,24 +98,36 @@ class Runner:
         passed, deadline = 0, 0.0
         while family.code is None:
             self._wait(family, output)
-            for death in family.deaths():
-                attempt.deaths.append(death)
-                if death.code != 0:
-                    self.on_death(death)
+            self._note([*family.deaths(), *output.crashed], attempt)
             family.look()
             if self.requests.count > passed:
                 passed = self.requests.count
                 deadline = self._pass_on(family, passed)
             if passed and time.monotonic() > deadline:
+                attempt.overdue = True
                 break
-        attempt.deaths += family.deaths()
-        family.end(patience=10.0 if not passed else 2.0, meanwhile=output.read)
+        if (family.code or 0) >= 0:  # a launcher that was killed itself went before its ranks
+            self._note([*family.deaths(), *output.crashed], attempt)
+        family.end(patience=2.0 if attempt.overdue else 10.0, meanwhile=output.read)
         attempt.code = family.launcher.wait()
         output.read()
         output.close()
         family.close()
         attempt.seconds = time.monotonic() - began
         return attempt
+
+    def _note(self, deaths: Sequence[Death], attempt: Attempt) -> None:
+        """Keeps each death once: Composer's launcher tells some of those that were seen."""
+        for death in deaths:
+            index = next((i for i, known in enumerate(attempt.deaths) if known.is_of(death)), None)
+            if index is None:
+                attempt.deaths.append(death)
+            elif attempt.deaths[index].code is None and death.code is not None:
+                attempt.deaths[index] = death
+            else:
+                continue
+            if death.code != 0:
+                self.on_death(death)
 
     def _wait(self, family: Family, output: "_Output") -> None:
         with selectors.DefaultSelector() as selector:
@@ -144,6 +158,8 @@ class _Output:
     def __init__(self, descriptor: int, attempt: Attempt) -> None:
         self.descriptor: int | None = descriptor
         self.attempt = attempt
+        self.crashed: list[Death] = []
+        """What Composer's launcher said of its ranks."""
         self.line = b""
 
     def read(self) -> None:
@@ -170,12 +186,7 @@ class _Output:
         if _PORT_TAKEN.search(line):
             self.attempt.port_taken = True
         if (match := _COMPOSER_SAYS.search(line)) is not None:
-            rank, code = int(match[1]), int(match[2])
-            known = {death.rank: death for death in self.attempt.deaths}
-            if rank not in known:
-                self.attempt.deaths.append(Death(rank, code))
-            elif known[rank].code is None:
-                self.attempt.deaths[self.attempt.deaths.index(known[rank])] = Death(rank, code)
+            self.crashed.append(Death(int(match[1]), int(match[2])))
 
 
 def _write(data: bytes) -> None:

@@ -29,6 +29,10 @@ class Death:
     code: int | None
     generation: int = 0
 
+    def is_of(self, other: "Death") -> bool:
+        """Whether it is the same rank's."""
+        return (self.rank, self.generation) == (other.rank, other.generation)
+
 
 @dataclass
 class _Rank:

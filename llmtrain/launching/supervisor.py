@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -81,6 +82,7 @@ class _Supervisor:
         self.ports = 0
         self.best = job.reached()
         self.oom_kills = oom_kills()
+        self.said: set[int] = set()  # generations of which a death was told
 
     def run(self) -> int:
         while True:
@@ -93,11 +95,12 @@ class _Supervisor:
                 return self._asked_between()
 
     def _attempt(self) -> Attempt:
+        self.said.clear()
         runner = Runner(
             self.requests,
             to_launcher=self.job.elastic,
             grace=self.job.grace,
-            on_death=self._say_death if self.job.elastic else lambda death: None,
+            on_death=self._say_death,
         )
         return runner.run(self.job.command(), self.job.environment)
 
@@ -109,7 +112,7 @@ class _Supervisor:
         if code == 0:
             return 0
         if self.requests.first is not None:
-            return self._asked(code, now)
+            return self._asked(attempt, code, now)
         if code in exit_codes.POINTLESS:
             why = "a mistake that you can mend" if code == exit_codes.USER_ERROR else "the recipe's bad_steps"
             say(f"exit code {code}: {why}. Not started again: it would end the same way.")
@@ -121,7 +124,8 @@ class _Supervisor:
             self.ports += 1
             say("the port was taken meanwhile; again with another one")
             return None
-        say(describe(death, code, now.step, oom_kills() - self.oom_kills))
+        if death is None or death.generation not in self.said:
+            say(describe(death, code, now.step, oom_kills() - self.oom_kills))
         return self._restart_or_give_up(attempt, code, now)
 
     def _restart_or_give_up(self, attempt: Attempt, code: int, now: Progress) -> int | None:
@@ -163,17 +167,20 @@ class _Supervisor:
             death.code != 0 and death.generation >= self.job.max_restarts for death in attempt.deaths
         )
 
-    def _asked(self, code: int, now: Progress) -> int:
+    def _asked(self, attempt: Attempt, code: int, now: Progress) -> int:
         assert self.requests.first is not None
         name = self.requests.first.name
-        if code in (exit_codes.PREEMPTED, 1) and self.job.elastic:
-            code = exit_codes.PREEMPTED
+        if attempt.overdue:
+            say(f"{name}: killed, since it did not end in time. The same command continues from its newest checkpoint.")
+            return 128 + signal.SIGKILL
+        if self.job.elastic and all(death.code in (None, 0, exit_codes.PREEMPTED) for death in attempt.deaths):
+            code = exit_codes.PREEMPTED  # torchrun's own says only that something failed
         if code == exit_codes.PREEMPTED:
             say(f"{name}: ended. The same command continues.")
             return exit_codes.PREEMPTED
         newest = f"step {now.checkpoint}" if now.checkpoint >= 0 else "the beginning"
         say(f"{name}: ended without a last checkpoint ({describe(None, code, now.step)}). It continues from {newest}.")
-        return exit_codes.PREEMPTED if code < 0 else code
+        return shell_code(code)
 
     def _asked_between(self) -> int:
         assert self.requests.first is not None
@@ -181,8 +188,14 @@ class _Supervisor:
         return exit_codes.PREEMPTED
 
     def _say_death(self, death: Death) -> None:
-        """What torchrun says of it comes at the end of everything, and is long."""
-        if self.requests.first is None and death.code is not None and death.code not in (-15, exit_codes.PREEMPTED):
+        """At once for the first rank that is killed: the others may take long to notice, and say less.
+
+        Of a rank that ends by itself we hear from that rank, and from torchrun only at the end of everything.
+        """
+        if self.requests.count or death.code is None or death.generation in self.said:
+            return
+        if death.code < 0 if not self.job.elastic else death.code not in (-signal.SIGTERM, exit_codes.PREEMPTED):
+            self.said.add(death.generation)
             say(describe(death, 0, self.job.reached().step, oom_kills() - self.oom_kills))
 
 
