@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from llmtrain.chat_template import NAMED, needed_tokens, template_text
 from llmtrain.config.base import Config, mistake
 from llmtrain.errors import UserError
+from llmtrain.json_text import parse_json
 from llmtrain.quiet_transformers import quiet_transformers
 from llmtrain.trust import python_files, require
 
@@ -117,7 +118,7 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
     """
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = parse_json(path.read_text(encoding="utf-8"))
     if config.get("tokenizer_class") not in ("TokenizersBackend", "PreTrainedTokenizerFast"):
         return
     if config["tokenizer_class"] == "TokenizersBackend":
@@ -192,7 +193,7 @@ def special_token(name: str, which: Literal["eos", "bos", "pad"], revision: str 
         path = _find_file(name, file, revision)
         if path is None:
             continue
-        value = json.loads(path.read_text(encoding="utf-8")).get(f"{which}_token")
+        value = parse_json(path.read_text(encoding="utf-8")).get(f"{which}_token")
         if value is not None:
             return str(value["content"] if isinstance(value, dict) else value)
     return None
@@ -221,12 +222,12 @@ def fingerprint_of(tokenizer: "PreTrainedTokenizerFast") -> str:
 
     Where nothing was added it is the `fingerprint` of the folder or name that the tokenizer came from.
     """
-    return _hash_of_meaning(json.loads(tokenizer.backend_tokenizer.to_str()))
+    return _hash_of_meaning(parse_json(tokenizer.backend_tokenizer.to_str()))
 
 
 @lru_cache(maxsize=1)  # half a second for 50,000 tokens, and asked for more than once
 def _hash_of_text(text: str) -> str:
-    return _hash_of_meaning(json.loads(text))
+    return _hash_of_meaning(parse_json(text))
 
 
 def _hash_of_meaning(content: Mapping[str, Any]) -> str:
@@ -278,7 +279,7 @@ def _has_chat_template(cfg: TokenizerConfig, revision: str | None) -> bool:
 def _read_json(name: str, file: str, revision: str | None) -> dict[str, Any]:
     path = _find_file(name, file, revision)
     try:
-        content = {} if path is None else json.loads(path.read_text(encoding="utf-8"))
+        content = {} if path is None else parse_json(path.read_text(encoding="utf-8"))
     except ValueError as problem:
         raise UserError(f"{path} is not JSON: {problem}") from problem
     return content if isinstance(content, dict) else {}

@@ -8,6 +8,7 @@ from pydantic import NonNegativeFloat, ValidationError
 
 from llmtrain.config.base import Config
 from llmtrain.errors import UserError
+from llmtrain.json_text import parse_json
 
 BEST = "best"
 RECORD = "best.json"
@@ -56,7 +57,7 @@ class Best(Config):
 def read_best(folder: Path) -> Best | None:
     """The record of a `checkpoints/` folder; None when there is none that can be read."""
     try:
-        return Best.model_validate(json.loads((folder / RECORD).read_text(encoding="utf-8")))
+        return Best.model_validate(parse_json((folder / RECORD).read_text(encoding="utf-8")))
     except (OSError, ValueError, ValidationError):
         return None
 

@@ -6,7 +6,6 @@ in another format), and a bucket needs no permission to list.
 """
 
 import hashlib
-import json
 import os
 import shutil
 import tempfile
@@ -20,6 +19,7 @@ from pathlib import Path
 
 from llmtrain.checkpoint import manifest
 from llmtrain.errors import UserError
+from llmtrain.json_text import parse_json
 
 Get = Callable[[str], Path | None]
 """Fetches one file by name: its local path, or None where there is no such file."""
@@ -172,7 +172,7 @@ def _hugging_face_folder(get: Get, source: str) -> Path:
 
 def _named_in(index: Path) -> list[str]:
     try:
-        names = sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+        names = sorted({str(name) for name in parse_json(index.read_text(encoding="utf-8"))["weight_map"].values()})
     except (ValueError, KeyError, AttributeError, TypeError):
         raise UserError(f"{index}: has no weight_map.") from None
     if unsafe := [name for name in names if Path(name).name != name]:

@@ -15,6 +15,7 @@ from llmtrain.checkpoint.tokenizer_files import copy_tokenizer
 from llmtrain.checkpoint.weights import InMemory, Weights
 from llmtrain.checkpoint.weights_files import WeightsFormat, open_tensors, size_in_bytes, write_weights
 from llmtrain.errors import UserError
+from llmtrain.json_text import parse_json
 from llmtrain.model.config import MPTConfig
 
 MAX_SHARD_SIZE = "5GB"
@@ -110,7 +111,7 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: it is not there, cannot be read, or is none.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; is this a Hugging Face folder?") from None
     except (OSError, ValueError) as error:

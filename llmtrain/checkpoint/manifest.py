@@ -11,7 +11,7 @@ import json
 import os
 import platform
 from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Literal
 
 import xxhash
@@ -19,6 +19,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from llmtrain.checkpoint.code_version import code_version
 from llmtrain.errors import UserError
+from llmtrain.inside import leads_outside, why_outside
+from llmtrain.json_text import parse_json
 from llmtrain.redaction import redact
 
 MANIFEST = "manifest.json"
@@ -138,7 +140,7 @@ def read(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     try:
-        body = json.loads(path.read_text(encoding="utf-8"))
+        body = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ManifestError(f"{folder}: no {MANIFEST}; the checkpoint was never finished.") from None
     except (OSError, ValueError) as error:
@@ -198,6 +200,8 @@ def verify_file(folder: Path, name: str) -> str | None:
 
 def _size_problem(folder: Path, name: str, entry: FileEntry) -> str | None:
     try:
+        if leads_outside(folder, name):
+            return f"{folder.name}/{name}: is a link to {(folder / name).resolve()}, outside of the checkpoint"
         size = (folder / name).stat().st_size
     except FileNotFoundError:
         return f"{folder.name}/{name}: missing"
@@ -219,8 +223,7 @@ def _hash_problem(folder: Path, name: str, entry: FileEntry) -> str | None:
 
 
 def _check_name(folder: Path, name: str) -> None:
-    pure = PurePosixPath(name)
-    if not name or pure.is_absolute() or ".." in pure.parts or "\\" in name or name == MANIFEST:
+    if why_outside(name) or "\\" in name or name == MANIFEST:
         raise ManifestError(f"{folder / MANIFEST}: `{name}` is no name of a file inside the checkpoint.")
 
 

@@ -1,11 +1,11 @@
 """The parts of a model card that are read off configs and files: architecture, data, metrics."""
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from llmtrain.json_text import parse_json
 from llmtrain.model.config import MPTConfig
 from llmtrain.redaction import redact
 
@@ -111,7 +111,7 @@ def _logged(run: Path, step: int | None) -> dict[str, tuple[float, int]]:
     file = run / "metrics.jsonl"
     for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             at = int(row["step"])
         except (ValueError, KeyError, TypeError):
             continue  # half a line, of a run that was killed or is writing
@@ -126,7 +126,7 @@ def _logged(run: Path, step: int | None) -> dict[str, tuple[float, int]]:
 def _evaluated(file: Path) -> str:
     """The results of `llmtrain eval`: losses by length, and tasks."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return ""
     text = ""

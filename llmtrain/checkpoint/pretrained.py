@@ -1,6 +1,5 @@
 """`model.pretrained`: the model's keys and weights, taken from something that was trained before. Light at import."""
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from llmtrain.checkpoint.growth import grow_embeddings, grown_vocab_size
 from llmtrain.checkpoint.hugging_face_config import from_hugging_face
 from llmtrain.checkpoint.resolve import CHECKPOINTS, checkpoints_in, run_folder
 from llmtrain.errors import UserError
+from llmtrain.json_text import parse_json
 from llmtrain.model.config import MPTConfig
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def _config_in(file: Path) -> MPTConfig | None:
     """Of a config.json, a manifest.json or a recipe.yaml."""
     if file.name == "config.json":
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
+            content = parse_json(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"{file}: cannot be read: {error}") from None
         if not isinstance(content, dict):

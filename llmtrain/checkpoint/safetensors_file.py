@@ -18,6 +18,7 @@ from torch import Tensor
 from llmtrain.checkpoint.tensor_bytes import read_into, sync, write_from
 from llmtrain.checkpoint.weights import Weights
 from llmtrain.errors import UserError
+from llmtrain.json_text import parse_json
 
 DTYPES = {
     "F64": torch.float64,
@@ -85,7 +86,7 @@ def _entries(path: Path) -> dict[str, _Entry]:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, _LARGEST_HEADER):
                 raise damaged(f"a header of {length:,} bytes in a file of {size:,}")
-            content = json.loads(file.read(length))
+            content = parse_json(file.read(length))
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except ValueError as error:

@@ -7,6 +7,8 @@ from typing import Literal
 
 from llmtrain.checkpoint.fetch import TOKENIZER_FILES
 from llmtrain.errors import UserError
+from llmtrain.inside import leads_outside
+from llmtrain.json_text import parse_json
 from llmtrain.tokenizer import TokenizerConfig, load_tokenizer, save_tokenizer
 
 
@@ -41,6 +43,7 @@ def copy_tokenizer(source: Path, target: Path, vocab_size: int) -> dict[str, int
         )
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
+            _refuse_foreign_link(source, name)
             shutil.copyfile(source / name, target / name)
     _without_code(target / "tokenizer_config.json")
     ids: dict[str, int | None] = {}
@@ -53,13 +56,27 @@ def copy_tokenizer(source: Path, target: Path, vocab_size: int) -> dict[str, int
     return ids
 
 
+def _refuse_foreign_link(source: Path, name: str) -> None:
+    """An export is shown to others: a link to a private file must not become part of it.
+
+    Files of the hub's cache are links to `blobs` beside their `snapshots`, and stay within the repository's folder.
+    """
+    file = source / name
+    if not leads_outside(source, name):
+        return
+    target = file.resolve()
+    if target.parent.name == "blobs" and file.absolute().is_relative_to(target.parent.parent):
+        return
+    raise UserError(f"{file}: is a link to {target}, outside of its folder; put the file itself there.")
+
+
 def _without_code(file: Path) -> None:
     """Names a class that every version of transformers has, where the file names version 5's or one that is code.
 
     The tokenizer itself is tokenizer.json. Code is not copied, so naming it would keep the tokenizer from opening.
     """
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = parse_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return
     if not isinstance(config, dict) or not (

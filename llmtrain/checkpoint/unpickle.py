@@ -23,6 +23,7 @@ from torch.distributed.checkpoint import metadata as dcp
 from torch.torch_version import TorchVersion
 
 from llmtrain.errors import UserError
+from llmtrain.inside import leads_outside, why_outside
 
 _HOW_TO = (
     "A file of tensors has no use for it, and running it would run the file's own code, so it is not loaded. If you "
@@ -52,12 +53,12 @@ def read_metadata(folder: Path) -> dcp.Metadata:
     if not isinstance(content, dcp.Metadata):
         raise UserError(f"{path}: holds a {type(content).__name__} instead of checkpoint metadata.")
     try:
-        names = {pathlib.PurePosixPath(info.relative_path) for info in (content.storage_data or {}).values()}
+        names = {str(info.relative_path) for info in (content.storage_data or {}).values()}
     except (AttributeError, TypeError):
         raise UserError(f"{path}: does not say where its data lies: damaged, or not of torch.") from None
     for name in names:
-        if name.is_absolute() or ".." in name.parts:
-            raise UserError(f"{path}: points outside the checkpoint ({name}); refused.")
+        if why_outside(name) or leads_outside(folder, name):
+            raise UserError(f"{path}: points outside the checkpoint ({name[:200]}); refused.")
     return content
 
 

@@ -11,6 +11,7 @@ from llmtrain.checkpoint.torch_file import open_torch_file
 from llmtrain.checkpoint.torch_file_writer import write_torch_file
 from llmtrain.checkpoint.weights import Joined, Weights
 from llmtrain.errors import UserError
+from llmtrain.json_text import parse_json
 
 WeightsFormat = Literal["safetensors", "bin"]
 _STEMS = {"safetensors": "model", "bin": "pytorch_model"}
@@ -57,7 +58,7 @@ def _weight_files(folder: Path) -> tuple[list[Path], set[str] | None]:
 
 def _read_index(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     return content if isinstance(content, dict) else {}

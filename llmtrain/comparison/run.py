@@ -1,6 +1,5 @@
 """What one run has left in its folder so far: `recipe.yaml`, `metrics.jsonl`, `eval/*.json`."""
 
-import json
 import math
 import statistics
 from bisect import bisect_right
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llmtrain.errors import UserError
+from llmtrain.json_text import parse_json
 
 TRAIN = "train"
 """Name of the training loss among the curves."""
@@ -121,7 +121,7 @@ def _read_metrics(run: Run) -> bool:
     rows: dict[int, dict[str, Any]] = {}
     for line in text.splitlines():
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError:  # half a line: the run is writing, or was killed
             continue
         if isinstance(row, dict) and isinstance(row.get("step"), int):
@@ -168,7 +168,7 @@ def _read_evaluations(run: Run) -> bool:
     files = sorted((run.path / "eval").glob("*.json"))
     for file in files:
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
+            content = parse_json(file.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             run.notes.append(f"eval/{file.name} cannot be read")
             continue

@@ -2,7 +2,6 @@
 
 import csv
 import glob
-import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from llmtrain.compressed import bare_suffix, open_bytes
 from llmtrain.conversations.messages import BadExample
 from llmtrain.conversations.row import Row
 from llmtrain.errors import UserError
+from llmtrain.json_text import parse_json
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 """Kinds of files that `file_rows` reads; all but parquet also with `.gz` or `.zst` behind."""
@@ -112,7 +112,7 @@ def _lines(path: Path) -> Iterator[Row]:
                 continue
             place = f"{path}, line {number}"
             try:
-                value = json.loads(line.decode("utf-8"))
+                value = parse_json(line.decode("utf-8"))
             except UnicodeDecodeError as problem:
                 detail = f"byte {problem.start} of the line (0x{line[problem.start]:02x})"
                 yield Row(place, number, None, BadExample("invalid UTF-8", detail))
@@ -126,7 +126,7 @@ def _array(path: Path) -> Iterator[Row]:
     with open_bytes(path) as file:
         data = file.read()
     try:
-        values = json.loads(data.decode("utf-8-sig"))
+        values = parse_json(data.decode("utf-8-sig"))
     except UnicodeDecodeError as problem:
         line = data.count(b"\n", 0, problem.start) + 1
         raise UserError(

@@ -1,6 +1,5 @@
 """A row of any known shape becomes an example, or a `BadExample` that says what is wrong with it."""
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmtrain.conversations.messages import BadExample, Chat, Example, Message, PromptResponse, Tokenized
+from llmtrain.json_text import parse_json
 
 SHAREGPT_ROLES: Mapping[str, str] = {
     "human": "user",
@@ -146,7 +146,7 @@ def _ids(value: object, name: str, token_encoding: str) -> NDArray[np.int64]:
 def _listed(value: object, key: str) -> Sequence[Any]:
     if isinstance(value, str | bytes):
         try:
-            value = json.loads(value)
+            value = parse_json(value)
         except (ValueError, RecursionError):
             raise BadExample("malformed turn", f"{key} is text, and not JSON: {_shown(value)}") from None
     if not _is_list(value):

@@ -23,10 +23,13 @@ from numpy.typing import NDArray
 from streaming import Stream, StreamingDataLoader, StreamingDataset
 from streaming.base.constant import BARRIER_FILELOCK, CACHE_FILELOCK, TICK
 from streaming.base.dataset import _Iterator, _ShardState
+from streaming.base.format.mds.reader import MDSReader
+from streaming.base.hashing import get_hash
 from streaming.base.storage.download import CloudDownloader
 from streaming.base.world import World
 
-from llmtrain.data.shards import INDEX, check_columns, check_names
+from llmtrain.data.mds_files import unpack
+from llmtrain.data.shards import INDEX, check_columns, check_names, check_size
 from llmtrain.data.shared_cache import CacheUse, in_turn
 from llmtrain.data.shared_names import closed_afterwards, gather, memories, own_names
 from llmtrain.errors import UserError
@@ -51,6 +54,10 @@ class GuardedStream(Stream):  # type: ignore[misc]
     _connected_by: int | None = None
     _of_parent: CloudDownloader | None = None
 
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._sizes: dict[str, int] = {}
+
     def get_shards(self, world: World, allow_unsafe_types: bool) -> list[Any]:
         """Fetch and check the index.
 
@@ -73,6 +80,11 @@ class GuardedStream(Stream):  # type: ignore[misc]
             raise UserError(f"{where}: its {INDEX} cannot be fetched or read: {reason}") from problem
         files = [info for shard in shards for pair in shard.file_pairs for info in pair if info is not None]
         check_names([info.basename for info in files], where)
+        for shard in shards:
+            for raw, _ in shard.file_pairs:
+                if isinstance(shard, MDSReader):
+                    check_size(raw.basename, shard.samples, raw.bytes, where)
+                self._sizes[raw.basename] = raw.bytes
         for shard in shards[:1]:  # prep writes all shards of a folder alike; rows are checked again when they are read
             self.check_rows(shard, where)
         known = set.intersection(*(set(info.hashes) for info in files)) if files else set()
@@ -91,6 +103,26 @@ class GuardedStream(Stream):  # type: ignore[misc]
             except FileNotFoundError:  # another run, as it started, deleted a compressed file that it had no use for
                 change = super().prepare_shard(shard)
         return change
+
+    def _decompress_shard_part(
+        self, zip_info: Any, zip_filename: str, raw_filename: str, compression: str | None
+    ) -> None:
+        """Decompress a shard, and no more of it than the index says.
+
+        In place of Streaming's own, which makes whatever the file unfolds to: a few KB may be terabytes.
+        """
+        data = Path(zip_filename).read_bytes()
+        if self.validate_hash and get_hash(self.validate_hash, data) != zip_info.hashes[self.validate_hash]:
+            raise ValueError(f"Checksum failure: {zip_filename}")
+        size = self._sizes[Path(raw_filename).relative_to(Path(self.local) / self.split).as_posix()]
+        raw = unpack(data, compression or "", size)
+        if len(raw) != size:
+            raise ValueError(f"{zip_filename} does not unfold to the {size:,} bytes that the index says")
+        temporary = Path(f"{raw_filename}.tmp")
+        temporary.write_bytes(raw)
+        temporary.replace(raw_filename)
+        if not self.safe_keep_zip:
+            Path(zip_filename).unlink()
 
     def _download_file(self, from_basename: str, to_basename: str | None = None) -> str:
         """Fetch a file to the cache, in up to `download_retry` attempts; its path there.

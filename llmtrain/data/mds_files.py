@@ -4,7 +4,6 @@ import bz2
 import gzip
 import hashlib
 import io
-import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,8 +15,9 @@ import zstandard
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from llmtrain.data.shards import INDEX, check_names
+from llmtrain.data.shards import INDEX, check_names, check_size
 from llmtrain.errors import UserError
+from llmtrain.json_text import parse_json
 
 _VALUE_DTYPES = {
     8: "u1",
@@ -96,7 +96,7 @@ def read_index(folder: Path) -> Index:
         UserError: it names files outside of the folder.
     """
     try:
-        content = json.loads((folder / INDEX).read_bytes())
+        content = parse_json((folder / INDEX).read_bytes())
         entries = content["shards"]
         shards = [ShardEntry.model_validate(entry) for entry in entries]
     except ValidationError as problem:
@@ -107,6 +107,8 @@ def read_index(folder: Path) -> Index:
         raise Damage(f"cannot be read: {type(problem).__name__}: {problem}") from problem
     files = [file.basename for shard in shards for file in (shard.raw_data, shard.zip_data) if file is not None]
     check_names(files, str(folder))
+    for shard in shards:
+        check_size(shard.raw_data.basename, shard.samples, shard.raw_data.bytes, str(folder))
     twice = sorted(name for name, times in Counter(files).items() if times > 1)
     if twice:
         raise Damage(f"names a file twice: {', '.join(twice[:5])}")
@@ -187,7 +189,7 @@ class Rows:
 
     def _check_header(self, header: bytes) -> None:
         try:
-            said = json.loads(header)
+            said = parse_json(header)
         except ValueError as problem:
             raise Damage(f"its header is no JSON: {problem}") from problem
         for key in ("column_names", "column_encodings", "column_sizes"):
@@ -250,7 +252,7 @@ class Rows:
                 continue
             try:
                 text = self.value(row, column).decode()
-                found[name] = json.loads(text) if encoding == "json" else text
+                found[name] = parse_json(text) if encoding == "json" else text
             except ValueError as problem:
                 if isinstance(problem, Damage):
                     raise

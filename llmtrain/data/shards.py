@@ -1,12 +1,13 @@
 """A folder of MDS shards, looked at before anything is read from it."""
 
-import json
 import re
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 from llmtrain.errors import UserError
+from llmtrain.inside import why_outside
+from llmtrain.json_text import parse_json
 
 INDEX = "index.json"
 MANIFEST = "prep.json"
@@ -56,9 +57,25 @@ def check_names(basenames: Sequence[str], where: str) -> None:
         UserError: A name is absolute or climbs up.
     """
     for name in basenames:
-        posix, windows = PurePosixPath(name), PureWindowsPath(name)
-        if not name or posix.is_absolute() or windows.drive or windows.root or ".." in {*posix.parts, *windows.parts}:
-            raise UserError(f"{where}: the index names the shard {name!r}, outside of its folder; do not use this data")
+        if why := why_outside(name):
+            shown = name if len(name) < 200 else f"{name[:200]}..."
+            raise UserError(
+                f"{where}: the index names the shard {shown!r}, outside of its folder ({why}); do not use this data"
+            )
+
+
+def check_size(name: str, samples: int, raw_bytes: int, where: str) -> None:
+    """Refuse an index that promises more rows than a shard of that size can have: arrays are made for all of them.
+
+    Raises:
+        UserError: A shard begins with four bytes for each row, and its offsets have 32 bits.
+    """
+    whole = type(samples) is int and type(raw_bytes) is int
+    if not whole or not 0 <= raw_bytes < 2**32 or not 0 <= samples <= raw_bytes // 4:
+        raise UserError(
+            f"{where}: the index says that the shard {name!r} has {samples} rows in {raw_bytes} bytes, which no shard "
+            "can have; do not use this data"
+        )
 
 
 def check_columns(names: Sequence[str], encodings: Sequence[str], max_seq_len: int, where: str) -> None:
@@ -92,7 +109,7 @@ def check_columns(names: Sequence[str], encodings: Sequence[str], max_seq_len: i
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -1,6 +1,5 @@
 """`llmtrain data verify`: whether shards are, byte for byte, what was written. Imports neither torch nor Streaming."""
 
-import json
 import re
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +12,7 @@ from rich.console import Console
 from llmtrain.data.mds_files import Damage, FileEntry, Index, Rows, ShardEntry, digest, read_index, unpack
 from llmtrain.data.shards import INDEX, MANIFEST, require_index
 from llmtrain.errors import UserError
+from llmtrain.json_text import parse_json
 from llmtrain.progress import progress
 
 
@@ -239,7 +239,7 @@ def manifest_of(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     for place in (folder, folder.parent, folder.parent.parent):
         if (place / MANIFEST).is_file():
             try:
-                content = json.loads((place / MANIFEST).read_bytes())
+                content = parse_json((place / MANIFEST).read_bytes())
             except ValueError as problem:
                 raise UserError(f"{place / MANIFEST} is damaged: {problem}") from problem
             return (place, content) if isinstance(content, dict) else None

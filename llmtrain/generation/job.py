@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from llmtrain.errors import UserError
+from llmtrain.json_text import parse_json
 
 
 class Job:
@@ -105,7 +106,7 @@ class Job:
         with self.partial.open("rb") as file:
             for line in file:
                 try:
-                    whole = line.endswith(b"\n") and isinstance(json.loads(line), dict)
+                    whole = line.endswith(b"\n") and isinstance(parse_json(line), dict)
                 except ValueError:
                     whole = False
                 if not whole:
@@ -132,7 +133,7 @@ class Job:
 
     def _read_record(self) -> dict[str, Any] | None:
         try:
-            record = json.loads(self.record.read_text(encoding="utf-8"))
+            record = parse_json(self.record.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:

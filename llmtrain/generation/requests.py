@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from llmtrain.errors import UserError
 from llmtrain.generation.settings import Settings
+from llmtrain.json_text import parse_json
 
 Messages = tuple[dict[str, str], ...]
 SHOWN_PROBLEMS = 5
@@ -104,7 +105,7 @@ class Requests:
                     try:
                         text = line.decode("utf-8").removesuffix("\n").removesuffix("\r")
                         if self._file.suffix == ".jsonl":
-                            yield replace(_request(json.loads(text), self._settings), place=place)
+                            yield replace(_request(parse_json(text), self._settings), place=place)
                         else:
                             yield Request((text,), self._settings, {"prompt": text}, place=place)
                     except UnicodeError as error:

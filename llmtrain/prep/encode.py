@@ -1,7 +1,6 @@
 """Documents to token ids: through tiktoken's core where it gives the ids of `tokenizers`, else through `tokenizers`."""
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,6 +10,7 @@ from numpy.typing import NDArray
 
 from llmtrain.errors import UserError
 from llmtrain.fast_bpe import FastBPE, Untranslatable, translate
+from llmtrain.json_text import parse_json
 from llmtrain.prep.documents import Document
 from llmtrain.prep.fragments import Parts
 from llmtrain.prep.mds import token_dtype
@@ -159,7 +159,7 @@ def _read(name: str) -> tuple[str, dict[str, Any]]:
     path = tokenizer_json_path(name)
     try:
         text = path.read_text(encoding="utf-8")
-        spec = json.loads(text)
+        spec = parse_json(text)
         _ids(spec)
     except (ValueError, KeyError, TypeError) as problem:
         raise UserError(f"{path} is not a tokenizer.json: {problem!r}") from problem

@@ -7,6 +7,7 @@ from typing import Any
 
 from llmtrain.data.shards import MANIFEST
 from llmtrain.errors import UserError
+from llmtrain.json_text import parse_json
 from llmtrain.prep.config import DataRecipe, PrepRecipe
 from llmtrain.prep.inputs import describe_inputs
 from llmtrain.prep.work import Work
@@ -77,7 +78,7 @@ def finished(
             )
         return None
     try:
-        done: dict[str, Any] = json.loads(data)
+        done: dict[str, Any] = parse_json(data)
     except ValueError as problem:
         if recipe.overwrite or replaces:
             return None

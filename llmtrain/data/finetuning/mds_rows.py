@@ -20,6 +20,7 @@ from llmtrain.data.finetuning.config import FinetuningStreamConfig
 from llmtrain.data.finetuning.local_ranks import one_at_a_time
 from llmtrain.data.guarded_streaming import GuardedStream, ShardError
 from llmtrain.data.shards import INDEX, require_index
+from llmtrain.json_text import parse_json
 from llmtrain.redaction import without_password
 
 log = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ class MDSRows:
 
     def identity(self) -> str:
         """Hex: over the index, which has sizes and mostly hashes; over the shards themselves where it has no hashes."""
-        index = json.loads((self._folder / INDEX).read_text(encoding="utf-8"))
+        index = parse_json((self._folder / INDEX).read_text(encoding="utf-8"))
         digest = xxhash.xxh128(json.dumps(index["shards"], sort_keys=True))
         for shard in self.shards:
             files = [info for pair in shard.file_pairs for info in pair if info is not None]

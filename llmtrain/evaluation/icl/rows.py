@@ -1,6 +1,5 @@
 """The questions of a task, as they stand in its file: one JSON object a line, in llm-foundry's format."""
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from llmtrain.errors import UserError
 from llmtrain.evaluation.icl.config import ICLTaskConfig
+from llmtrain.json_text import parse_json
 
 KEYS: Mapping[str, Mapping[str, type]] = {
     "language_modeling": {"context": str, "continuation": str},
@@ -82,7 +82,7 @@ def _objects(task: ICLTaskConfig) -> Iterator[tuple[str, Any]]:
                 if line.strip():
                     place = f"{path}, line {number}"
                     try:
-                        yield place, json.loads(line)
+                        yield place, parse_json(line)
                     except ValueError as error:
                         raise UserError(f"{place}: not JSON ({error}). Each line is one object.") from None
     except FileNotFoundError:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from llmtrain.json_text import parse_json
 from llmtrain.prep.plan import InputFile, Piece
 from llmtrain.prep.readers.bad_input import BadInput
 from llmtrain.prep.readers.files import noting_damage, opened_unpacked
@@ -81,7 +82,7 @@ def _value(line: bytes) -> Any:
     if not stripped:
         return _BLANK
     try:
-        return json.loads(stripped)
+        return parse_json(stripped)
     except RecursionError:
         raise BadRow("not JSON: nested too deeply") from None
     except ValueError as problem:

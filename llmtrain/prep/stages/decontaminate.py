@@ -4,7 +4,6 @@ n-grams as in GPT-3 (Brown et al. 2020, appendix C). GPT-3 cut an n-gram and 200
 here the document is dropped: what is left of it is seldom worth the seams.
 """
 
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import PurePath
 from typing import IO, Any
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 
 from llmtrain.compressed import bare_suffix, unpacked
 from llmtrain.errors import UserError
+from llmtrain.json_text import parse_json
 from llmtrain.prep.stages.config import Decontaminate
 from llmtrain.prep.stages.step import EXCERPT, Drop, Step, Verdict
 from llmtrain.prep.stages.words import Hashes, WordHashes, n_grams, words
@@ -128,7 +128,7 @@ def _rows(opened: IO[bytes], suffix: str, file: str) -> Iterator[tuple[str, Any]
         content = opened.read()
         if content.lstrip().startswith(b"["):
             try:
-                yield from ((f"{file}:{number}", row) for number, row in enumerate(json.loads(content), start=1))
+                yield from ((f"{file}:{number}", row) for number, row in enumerate(parse_json(content), start=1))
             except ValueError as problem:
                 raise UserError(f"{file} is not JSON: {problem}") from problem
             return
@@ -136,7 +136,7 @@ def _rows(opened: IO[bytes], suffix: str, file: str) -> Iterator[tuple[str, Any]
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
-                yield f"{file}:{number}", json.loads(line)
+                yield f"{file}:{number}", parse_json(line)
             except ValueError as problem:
                 raise UserError(f"{file}:{number} is not JSON: {problem}") from problem
 
