@@ -105,7 +105,7 @@ def _own_checkpoints(folder: Path | None) -> list[CheckpointInfo]:
 
 
 def _continue(recipe: Recipe, folder: Path, own: list[CheckpointInfo]) -> StartingPoint:
-    newest, refused = first_intact(own, _verify_together, say)
+    newest, refused = first_intact(own, verify_together, say)
     if newest is None:
         raise UserError(
             f"{folder} holds checkpoints, but none is complete (see above). Nothing was changed. "
@@ -142,7 +142,7 @@ def _load_path(recipe: Recipe, given: str) -> StartingPoint:
     kind: Kind = "sharded" if (path / ".metadata").is_file() else "full"
     grows = False
     if (path / manifest.MANIFEST).is_file():
-        if problems := _verify_together(path):
+        if problems := verify_together(path):
             raise UserError(f"load_path: {path} is damaged: {problems[0]}")
         saved = manifest.read(path)
         check_model(saved.recipe, recipe.model_dump(mode="json"), path, weights_only=recipe.load_weights_only)
@@ -158,7 +158,7 @@ def _load_path(recipe: Recipe, given: str) -> StartingPoint:
     return StartingPoint(weights=path)
 
 
-def _verify_together(checkpoint: Path) -> list[str]:
+def verify_together(checkpoint: Path) -> list[str]:
     """Compares a checkpoint with its manifest: sizes on rank 0, then hashes, each rank its share of the files.
 
     A rank takes the files that it will read itself where the number of ranks is the same; they are not hashed again

@@ -19,15 +19,17 @@ from llmtrain.model.sequence_parallel import SequenceParallel
 from llmtrain.recipe.batch import batch_plan
 from llmtrain.recipe.recipe import Recipe
 from llmtrain.tokenizer import fingerprint_of
-from llmtrain.training import activation_checkpointing, composer_adapter, environment, resume
+from llmtrain.training import activation_checkpointing, composer_adapter, environment, resume, rewinding, skipped_steps
 from llmtrain.training.agreement import from_all_ranks, from_rank_zero
 from llmtrain.training.algorithms import build_algorithms
+from llmtrain.training.bad_steps import BadStep, BadSteps, Rewind
 from llmtrain.training.best_checkpoint import BestCheckpoint
 from llmtrain.training.callbacks import build_callbacks
 from llmtrain.training.checkpoint_saver import CheckpointSaver, free_space_warning
 from llmtrain.training.compile import compile_blocks
 from llmtrain.training.console import Console
 from llmtrain.training.data import Loaders, open_tokenizer
+from llmtrain.training.exit_codes import BAD_STEPS
 from llmtrain.training.fsdp import ShardingPlan, translate
 from llmtrain.training.gradient_check import check_gradient_average
 from llmtrain.training.hf_checkpointer import exporters, failed_exports
@@ -48,16 +50,26 @@ def train(recipe: Recipe) -> int:
     """Trains a recipe on all ranks of this launch; continues from the run's newest complete checkpoint.
 
     Returns:
-        0: finished, now or before. 1: so, but an export failed. 143: stopped by SIGTERM, after a checkpoint.
+        0: finished, now or before. 1: so, but an export failed. 3: stopped by `bad_steps`. 143: stopped by SIGTERM,
+        after a checkpoint.
 
     Raises:
         UserError: something that the user can mend, before the first step.
     """
     device = environment.start(recipe)
+    rewinding.finish(recipe)
     start = resume.find(recipe)
     if start.finished:
         environment.say(f"{recipe.run_name} is complete at step {start.step}; nothing to do.")
         return last_export_made_up(recipe, start)
+    while (code := train_from(recipe, start, device)) is None:
+        rewinding.collect()
+        start = rewinding.starting_point(recipe)
+    return code
+
+
+def train_from(recipe: Recipe, start: resume.StartingPoint, device: torch.device) -> int | None:
+    """Trains from a starting point to the end: what `train` returns; None when the run has to go back first."""
     trainer = assemble(recipe, start, device)
     try:
         if recipe.eval_first and trainer.state.timestamp.batch == 0 and trainer.state.evaluators:
@@ -66,6 +78,13 @@ def train(recipe: Recipe) -> int:
     except Preempted:
         trainer.close()
         return EXIT_CODE
+    except Rewind:
+        rewinding.let_go(trainer)
+        return None
+    except BadStep as stop:
+        environment.say(f"bad step    {stop}")
+        trainer.close()
+        return BAD_STEPS
     except UserError as error:
         error.rank = dist.get_global_rank()
         trainer.engine.close()  # trainer.close() would wait for the other ranks, which may be waiting for this one
@@ -92,6 +111,7 @@ def assemble(recipe: Recipe, start: resume.StartingPoint, device: torch.device) 
 
     tokenizer = open_tokenizer(recipe)
     from_rank_zero(lambda: run.create(environment.recipe_yaml(recipe), tokenizer, anew=start.step == 0))
+    rewinds = from_rank_zero(lambda: skipped_steps.of_run(run.path, anew=start.step == 0))
     loaders = Loaders(recipe, tokenizer, batch)
     warmup = build_warmup(recipe)
     train_data, evaluators = loaders.train(warmup), loaders.evaluators()
@@ -111,6 +131,7 @@ def assemble(recipe: Recipe, start: resume.StartingPoint, device: torch.device) 
         tokenizer_fingerprint=fingerprint_of(tokenizer),
         attention=environment.attention_kernel(model, device, precision),
     )
+    bad_steps = BadSteps(recipe.bad_steps, run.path, rewinds, saver)
     preemption = Preemption(saver)
     built = build_callbacks(recipe.callbacks, tokenizer, run.path, conversations=bool(recipe.finetuning_loaders()))
     for exporter in exporters(built):
@@ -123,6 +144,7 @@ def assemble(recipe: Recipe, start: resume.StartingPoint, device: torch.device) 
         *built,
         *source_callbacks(train_data, evaluators),
         *evaluation_callbacks(recipe, model.tasks, saver, built, run.path),
+        bad_steps,
         preemption,
         *([saver] if saver else []),
     ]
@@ -142,6 +164,7 @@ def assemble(recipe: Recipe, start: resume.StartingPoint, device: torch.device) 
         optimizers=optimizer,
         schedulers=build_scheduler(recipe.scheduler),
         algorithms=build_algorithms(recipe.algorithms),
+        algorithm_passes=bad_steps.first,
         max_duration=recipe.max_duration,
         train_dataloader=train_data,
         train_subset_num_batches=recipe.train_subset_num_batches,
