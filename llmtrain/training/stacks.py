@@ -74,7 +74,8 @@ def show_on_signal() -> None:
 def _stack(frame: FrameType | None) -> list[FrameType]:
     stack = []
     while frame is not None:
-        stack.append(frame)
+        if frame.f_code.co_filename != __file__:  # where the main thread asks about itself
+            stack.append(frame)
         frame = frame.f_back
     return stack
 

@@ -153,7 +153,7 @@ class StepTimes(Callback):  # type: ignore[misc]
         if not self._timing or not torch.is_grad_enabled():
             return
         if self._cuda:
-            event = torch.cuda.Event(enable_timing=True)
+            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             event.record()
             self._events[-1].append((event, None))
         else:
@@ -163,7 +163,7 @@ class StepTimes(Callback):  # type: ignore[misc]
         if not self._timing or not torch.is_grad_enabled():
             return
         if self._cuda:
-            event = torch.cuda.Event(enable_timing=True)
+            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             event.record()
             self._events[-1][-1] = (self._events[-1][-1][0], event)
         else:

@@ -136,6 +136,8 @@ class Watchdog:
             own_words = [seen for seen in ranks if seen.beat.failure and seen.beat.rank != self.rank]
             if own_words:
                 return min(own_words, key=lambda seen: seen.beat.wall), ranks
+            if hung := [seen for seen in ranks if seen.beat.hang and seen.beat.rank != self.rank]:
+                return hung[0], ranks
             lost = [seen for seen in ranks if seen.state in ("gone", "stopped")]
             lost = lost or [seen for seen in ranks if seen.state == "silent"]
             if lost and time.monotonic() > until - patience / 2:
@@ -147,7 +149,11 @@ class Watchdog:
 
     def speaks(self, ranks: list[Seen]) -> bool:
         """Whether this rank is the one that tells the user: the lowest that is left."""
-        left = [seen.beat.rank for seen in ranks if seen.state == "alive" and seen.beat.ended != "failed"]
+        left = [
+            seen.beat.rank
+            for seen in ranks
+            if seen.beat.ended == "followed" or (seen.state == "alive" and seen.beat.ended != "failed")
+        ]
         return self.rank <= min([*left, self.rank])
 
     # The thread.
@@ -219,11 +225,11 @@ class Watchdog:
         if gone_well:
             return "finished"
         process = process_state(beat)
-        if process == "gone" and beat.ended != "followed":
-            return "gone"
+        if process == "gone":
+            return "finished" if beat.ended == "followed" or beat.hang else "gone"
         if process == "stopped" and silent > 2 * self.interval:
             return "stopped"
-        return "silent" if silent > self.heart_limit or process == "gone" else "alive"
+        return "silent" if silent > self.heart_limit else "alive"
 
     def _mind_the_launcher(self, now: float) -> None:
         """A launcher that was killed leaves its ranks behind; they save and end."""
@@ -262,7 +268,7 @@ class Watchdog:
             ranks = self.look()
             others = [seen for seen in ranks if seen.beat.rank != self.rank and seen.state == "alive"]
             lower = [seen for seen in others if seen.beat.rank < self.rank]
-            if any(seen.beat.reported for seen in others):
+            if any(seen.beat.reported for seen in ranks):
                 break
             seconds = time.monotonic() - began
             if (not lower and (seconds > _COLLECT or all(seen.beat.hang for seen in others))) or seconds > 3 * _COLLECT:
@@ -306,7 +312,7 @@ def following(watchdog: Watchdog, first: Seen | None, ranks: list[Seen]) -> tupl
     """
     step = max([watchdog.step, *(seen.beat.step for seen in ranks)])
     code = first.beat.code if first is not None and first.beat.code in POINTLESS else LOST_CONTACT
-    if not watchdog.speaks(ranks):
+    if not watchdog.speaks(ranks) or (first is not None and first.beat.hang):
         return "", code
     if first is None:
         who = f"rank {watchdog.rank}"
