@@ -46,6 +46,10 @@ class BestCheckpoint(Callback):  # type: ignore[misc]
         value, step = self._value(state), int(state.timestamp.batch)
         if value is None or value != value or step == 0:
             return
+        if self.saver.best_lost:  # it could not be written
+            self.saver.best_lost = False
+            known = from_rank_zero(lambda: read_best(self.saver.folder))
+            self.best = known.value if known is not None else None
         if self.best is not None:
             gain = self.best - value if self.cfg.less_is_better else value - self.best
             if gain <= self.cfg.min_delta:

@@ -1,48 +1,54 @@
-"""Writes checkpoints that are either complete or not there."""
+"""Writes checkpoints that are either complete or not there, while training goes on."""
 
-import shutil
-import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import torch
 from composer import Callback, Event, Logger, State
 from composer.callbacks.checkpoint_saver import create_interval_scheduler
 from composer.utils import dist
-from composer.utils.checkpoint import save_checkpoint
 
-from llmtrain.checkpoint import manifest
-from llmtrain.checkpoint.best import Best, write_best
-from llmtrain.checkpoint.resolve import checkpoints_in
+from llmtrain.checkpoint.retention import Retention
 from llmtrain.errors import UserError
 from llmtrain.training.agreement import from_all_ranks, from_rank_zero
+from llmtrain.training.checkpoint_folder import CheckpointFolder, Kind, Moment
+from llmtrain.training.environment import say
+from llmtrain.training.hashed_files import write_full, write_sharded
+from llmtrain.training.save_failures import PAUSES, SaveFailures
+from llmtrain.training.save_job import SaveGroups, SaveJob, SaveThread
+from llmtrain.training.save_space import room_for_copies
+from llmtrain.training.saved_state import HostMemory, TakenState, state_to_save
 
-STAGING = ".saving"
+_A_MOMENT = 1.0
+_AT_CLOSE = 60.0
 
 
 class CheckpointSaver(Callback):  # type: ignore[misc]
     """Saves to `FOLDER/.saving/epE-baB`, adds a manifest with sizes and hashes, then renames to `FOLDER/epE-baB`.
 
     Composer's own saver writes in place, replaces its `latest` link in two steps, keeps no hashes and forgets at a
-    resume which older checkpoints it should delete. Here `latest` is replaced by one rename, and retention looks at
-    the disk. The serialisation itself is Composer's.
+    resume which older checkpoints it should delete; torch's asynchronous one lets go of the trainer before objects are
+    pickled. Here a sharded state is copied and pickled while training waits, and the rest (writing, hashes, manifest,
+    rename, `latest`, retention) happens in a thread that talks to the other ranks over process groups of its own. At
+    most one save is in flight; what becomes of it all ranks learn at the same step.
 
     Args:
         folder: where checkpoints go; the same on all ranks and nodes.
         interval: Composer time string, e.g. `100ba`; the end of training always saves.
         keep: number of newest checkpoints to keep; -1 keeps all.
+        keep_every: a span; the first checkpoint at or after each multiple of it stays as well.
         weights_only: leave the optimizer and the rest of the training state out.
         ignore_keys: glob patterns of state keys to leave out.
         record: what the manifest tells besides files: recipe, tokenizer fingerprint, attention kernel.
         refused: names of checkpoints in `folder` that were found damaged; they do not count for `keep`.
         replaces: checkpoints of an earlier run; deleted when the first new one is complete.
+        asynchronous: whether training goes on while sharded checkpoints are written.
 
     Attributes:
-        protected: name of the checkpoint that `best` points to; it is never deleted and does not count for `keep`.
-        published_hooks: rank 0 calls each with a checkpoint's folder when that has got its final name, maybe from
-            another thread than the one that trains.
-        may_delete_hooks: rank 0 asks each before a checkpoint is deleted; one that says no keeps it for now.
+        folder: as given.
+        best_lost: the best checkpoint so far could not be saved; the one before it is what `best` tells.
     """
 
     def __init__(
@@ -54,23 +60,61 @@ class CheckpointSaver(Callback):  # type: ignore[misc]
         weights_only: bool,
         ignore_keys: list[str] | None,
         record: dict[str, Any],
+        keep_every: str | None = None,
         refused: Iterable[str] = (),
         replaces: Iterable[Path] = (),
+        asynchronous: bool = False,
     ) -> None:
         self.folder = folder
-        self.keep = keep
         self.weights_only = weights_only
         self.ignore_keys = ignore_keys
-        self.record = record
-        self.refused = set(refused)
-        self.replaces = list(replaces)
+        self.best_lost = False
+        self._asynchronous = asynchronous
+        self._kept = CheckpointFolder(
+            folder,
+            Retention(keep, keep_every),
+            record,
+            weights_only=weights_only,
+            refused=refused,
+            replaces=replaces,
+        )
         self._is_due = create_interval_scheduler(interval)
-        self.protected: str | None = None
-        self.published_hooks: list[Callable[[Path], None]] = []
-        self.may_delete_hooks: list[Callable[[Path], bool]] = []
         self._due_at_epoch_end = False
         self._last_saved: tuple[int, int] | None = None
         self._wants_best: tuple[str, str, float] | None = None
+        self._memory = HostMemory()
+        self._groups: SaveGroups | None = None
+        self._failures = SaveFailures(folder, None, 0)
+        self._in_flight: SaveThread | None = None
+
+    @property
+    def published_hooks(self) -> list[Callable[[Path], None]]:
+        """Rank 0 calls each with a checkpoint's folder when that has got its final name, maybe from another thread."""
+        return self._kept.published_hooks
+
+    @property
+    def may_delete_hooks(self) -> list[Callable[[Path], bool]]:
+        """Rank 0 asks each before a checkpoint is deleted; one that says no keeps it for now."""
+        return self._kept.may_delete_hooks
+
+    @property
+    def refused(self) -> set[str]:
+        """Names of checkpoints that were found damaged."""
+        return self._kept.refused
+
+    @property
+    def replaces(self) -> list[Path]:
+        """Checkpoints of an earlier run that go with the first new one."""
+        return self._kept.replaces
+
+    @property
+    def protected(self) -> str | None:
+        """Name of the checkpoint that `best` points to; it is never deleted and does not count for `keep`."""
+        return self._kept.protected
+
+    @protected.setter
+    def protected(self, name: str | None) -> None:
+        self._kept.protected = name
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Removes what a killed run left half-written, and checks that all ranks see the same folder.
@@ -78,19 +122,19 @@ class CheckpointSaver(Callback):  # type: ignore[misc]
         Raises:
             UserError: it cannot be written, or a node has a folder of its own under the same name.
         """
-        token = self.folder / STAGING / "shared"
-
-        def prepare() -> None:
-            shutil.rmtree(self.folder / STAGING, ignore_errors=True)
-            token.parent.mkdir(parents=True)
-            token.touch()
-
-        from_rank_zero(prepare)
-        unseen = [rank for rank, seen in enumerate(from_all_ranks(token.exists)) if not seen]
+        good = from_rank_zero(self._kept.open)
+        unseen = [rank for rank, seen in enumerate(from_all_ranks(self._kept.token.exists)) if not seen]
         if unseen:
             raise UserError(
                 f"save_folder: rank(s) {unseen} do not see what rank 0 writes to {self.folder}. "
                 "Give a folder on storage that all nodes share."
+            )
+        self._failures = SaveFailures(self.folder, good, int(state.timestamp.batch))
+        if self._groups is None:
+            self._groups = SaveGroups(state)
+        if self._asynchronous:
+            self._asynchronous = bool(state.fsdp_sharded_state_dict_enabled) and room_for_copies(
+                state, self._groups.writes, weights_only=self.weights_only
             )
 
     def wants_best(self, monitor: str, label: str, value: float) -> None:
@@ -98,150 +142,164 @@ class CheckpointSaver(Callback):  # type: ignore[misc]
         self._wants_best = (monitor, label, value)
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
-        if self._is_due(state, Event.BATCH_CHECKPOINT) or self._wants_best:
+        due = self._is_due(state, Event.BATCH_CHECKPOINT)
+        if self._look_after_saves(state) or due or self._wants_best:
             if int(state.timestamp.batch_in_epoch) == state.dataloader_len:
                 self._due_at_epoch_end = True  # saved in a moment, when the epoch has been counted
             else:
-                self.save(state)
+                self._save_in_time(state)
 
     def epoch_checkpoint(self, state: State, logger: Logger) -> None:
         if self._is_due(state, Event.EPOCH_CHECKPOINT) or self._due_at_epoch_end or self._wants_best:
-            self.save(state)
+            self._save_in_time(state)
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        """Nothing is in flight when a run ends."""
+        self.finish()
+
+    def close(self, state: State, logger: Logger) -> None:
+        """Lets go of threads, process groups and memory; another trainer may follow in this process."""
+        if self._in_flight is not None:
+            self._in_flight.wait(_AT_CLOSE)  # what is nearly there is not thrown away because of what came after it
+            if not self._in_flight.done:
+                return
+            self._in_flight = None
+        if self._groups is not None:
+            self._groups.close()
+            self._groups = None
+            if dist.get_global_rank() == 0:
+                self._kept.close()
+        self._memory.close()
 
     def finish(self) -> None:
-        """Waits for a save in flight, on all ranks (a collective call)."""
+        """Waits for a save in flight, on all ranks (a collective call).
+
+        Raises:
+            UserError: it has failed, and the run has no checkpoint.
+        """
+        if self._in_flight is None:
+            return
+        started = time.monotonic()
+        self._in_flight.wait()
+        self._collect()
+        if (waited := time.monotonic() - started) > _A_MOMENT:
+            say(f"checkpoint  training waited {waited:.1f} s until this one was written")
 
     def save(self, state: State) -> None:
-        """Saves the state now, on all ranks (a collective call).
+        """Saves the state now, on all ranks (a collective call); tries a few times.
 
         Raises:
             UserError: on all ranks, when a rank cannot write; nothing looks complete then, and nothing was deleted.
         """
-        self._due_at_epoch_end = False
-        moment = (int(state.timestamp.epoch), int(state.timestamp.batch))
-        name = f"ep{moment[0]}-ba{moment[1]}"
-        if self._last_saved == moment:
-            from_rank_zero(lambda: self._link_saved(name, moment[1]))
-            self._wants_best = None
+        self.finish()
+        if self._is_saved(state):
+            return
+        moment = self._moment(state)
+        self._wants_best = None
+        for pause in (*PAUSES, None):
+            job = self._job(state, moment, copied=self._asynchronous and torch.cuda.is_available())
+            assert self._groups is not None
+            problem = job.run(self._kept, self._groups.all)
+            if problem is None:
+                self._has_saved(moment)
+                return
+            if pause is None:
+                raise self._failures.give_up(moment, problem)
+            self._failures.failed_at_the_end(moment, problem, pause)
+            time.sleep(pause)
+
+    def _save_in_time(self, state: State) -> None:
+        """Saves in mid-run, where a failure is no reason to stop; what ends a run is saved at once."""
+        elapsed = state.get_elapsed_duration()
+        if elapsed is not None and elapsed >= 1.0:
+            self.save(state)
+            return
+        self.finish()
+        if self._is_saved(state):
             return
         started = time.monotonic()
-        staged = self.folder / STAGING / name
-        sharded = bool(state.fsdp_sharded_state_dict_enabled)
-        # Composer puts sharded files into a folder epE-baB beside the file name that it is given.
-        target = staged.parent / "shard-rank{rank}.pt" if sharded else staged / "full.pt"
-        try:
-            save_checkpoint(state, str(target), weights_only=self.weights_only, ignore_keys=self.ignore_keys)
-        except Exception as error:  # torch's message does not say "disk full"
-            free = shutil.disk_usage(self.folder).free
-            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(
-                f"checkpoint {self.folder / name} cannot be written ({free / 1e9:.2f} GB free): {first}"
-            ) from error
+        moment = self._moment(state)
+        self._wants_best = None
+        job = self._job(state, moment, copied=self._asynchronous)
+        assert self._groups is not None
+        if self._asynchronous:
+            job.stalled, job.beside = time.monotonic() - started, True
+            self._in_flight = SaveThread(job, self._kept, self._groups.all)
+        else:
+            self._judge(moment, job.run(self._kept, self._groups.all))
 
-        def hashes() -> dict[str, manifest.FileEntry]:
-            mine = [path for path in staged.glob("*") if self._is_mine(path, sharded)]
-            return {path.name: manifest.file_entry(path) for path in mine}
+    def _moment(self, state: State) -> Moment:
+        time = state.timestamp
+        kind: Kind = "sharded" if state.fsdp_sharded_state_dict_enabled else "full"
+        return Moment(int(time.epoch), int(time.batch), int(time.token), kind, self._wants_best)
 
-        entries = {key: entry for part in from_all_ranks(hashes) for key, entry in part.items()}
-        kind: Literal["sharded", "full"] = "sharded" if sharded else "full"
-        from_rank_zero(lambda: self._publish(state, staged, name, entries, kind))
-        self._last_saved, self._wants_best = moment, None
-        if dist.get_global_rank() == 0:
-            size, seconds = sum(entry.size for entry in entries.values()), time.monotonic() - started
-            print(
-                f"checkpoint  {self.folder / name}  ({size / 1e6:,.1f} MB, {seconds:.1f} s)",
-                file=sys.stderr,
-                flush=True,
-            )
+    def _is_saved(self, state: State) -> bool:
+        """Whether this moment has been saved; it may have turned out to be the best since then."""
+        self._due_at_epoch_end = False
+        moment = self._moment(state)
+        if self._last_saved != (moment.epoch, moment.step):
+            return False
+        if moment.best is not None:
+            from_rank_zero(lambda: self._kept.link_saved(moment))
+        self._wants_best = None
+        return True
 
-    @staticmethod
-    def _is_mine(path: Path, sharded: bool) -> bool:
-        """Each rank hashes the files that it wrote; rank 0 the common ones as well."""
-        rank = dist.get_global_rank()
-        return path.name.startswith(f"__{rank}_") or (rank == 0 and not (sharded and path.name.startswith("__")))
+    def _job(self, state: State, moment: Moment, *, copied: bool) -> SaveJob:
+        content = state_to_save(state, weights_only=self.weights_only, ignore_keys=self.ignore_keys, on_device=copied)
+        job = SaveJob(moment, None, self._failures.last_good)
+        assert self._groups is not None
+        if moment.kind == "sharded" and self._groups.writes:
+            taken, group = TakenState(content, self._memory if copied else None), self._groups.writers
+            job.write = lambda folder: write_sharded(folder, taken, group)
+        elif moment.kind == "full" and dist.get_global_rank() == 0:
+            job.write = lambda folder: write_full(folder, content)
+        return job
 
-    def _publish(
-        self,
-        state: State,
-        staged: Path,
-        name: str,
-        entries: dict[str, manifest.FileEntry],
-        kind: Literal["sharded", "full"],
-    ) -> None:
-        manifest.write(
-            staged,
-            kind=kind,
-            step=int(state.timestamp.batch),
-            tokens=int(state.timestamp.token),
-            files=entries,
-            recipe=self.record["recipe"],
-            tokenizer_fingerprint=self.record["tokenizer_fingerprint"],
-            attention=self.record.get("attention"),
-            weights_only=self.weights_only,
-        )
-        final = self.folder / name
-        if final.exists():  # found damaged at the resume, and trained over again; or of the run that this one replaces
-            final.rename(self.folder / STAGING / f"replaced-{name}")
-        staged.rename(final)
-        link = self.folder / STAGING / "latest"
-        link.unlink(missing_ok=True)
-        link.symlink_to(name)
-        link.replace(self.folder / "latest")
-        self.refused.discard(name)
-        for old in self.replaces:
-            if old != final:
-                shutil.rmtree(old, ignore_errors=True)
-        self.replaces = []
-        self._link_best(name, int(state.timestamp.batch))
-        for hook in self.published_hooks:
-            hook(final)
-        self._retain(final)
-        shutil.rmtree(self.folder / STAGING, ignore_errors=True)
+    def _look_after_saves(self, state: State) -> bool:
+        """Takes notice of a save that has ended, on all ranks at the same step.
 
-    def _link_best(self, name: str, step: int) -> None:
-        """Has `best` point to a checkpoint that is complete, if it is the best. Rank 0 only."""
-        if self._wants_best is None:
-            return
-        monitor, label, value = self._wants_best
-        best = Best(checkpoint=name, step=step, monitor=monitor, dataloader_label=label, value=value)
-        write_best(self.folder, best, self.folder / STAGING)
-        self.protected = name
-        print(f"best        {label} {monitor} {value:.6g} at step {step}: {name}", file=sys.stderr, flush=True)
+        Returns:
+            Whether a save that has failed is to be tried again now.
+        """
+        if self._in_flight is None and not self._failures.in_a_row:
+            return False
+        busy = self._in_flight is not None and not self._in_flight.done
+        again = dist.get_global_rank() == 0 and self._failures.time_for_another_try
+        flags = state.device.tensor_to_device(torch.tensor([int(busy), int(again)], dtype=torch.int32))
+        dist.all_reduce(flags, reduce_operation="MAX")
+        anywhere_busy, time_for_another = flags.tolist()
+        if anywhere_busy:
+            return False
+        failed_now = self._in_flight is not None and self._collect()
+        return bool(time_for_another) and self._failures.in_a_row > 0 and not failed_now
 
-    def _link_saved(self, name: str, step: int) -> None:
-        """The same for a checkpoint that had been saved before it was evaluated."""
-        if self._wants_best is not None:
-            self._link_best(name, step)
-            self._retain(self.folder / name)
-            shutil.rmtree(self.folder / STAGING, ignore_errors=True)
+    def _collect(self) -> bool:
+        """Takes the result of a save that has ended (a collective call).
 
-    def _retain(self, newest: Path) -> None:
-        """Deletes the oldest of the checkpoints that are good, and never the one that was just written."""
-        if self.keep < 0:
-            return
-        good = [
-            info.path
-            for info in checkpoints_in(self.folder)
-            if info.problem is None
-            and info.path.name not in self.refused
-            and info.path != newest
-            and info.path.name != self.protected
-        ]
-        for old in good[max(self.keep, 1) - 1 :]:
-            if all(may(old) for may in self.may_delete_hooks):
-                shutil.rmtree(old)
+        Returns:
+            Whether it has failed.
 
+        Raises:
+            UserError: it has, and the run has no checkpoint.
+            RuntimeError: ranks have lost contact.
+        """
+        ended, self._in_flight = self._in_flight, None
+        assert ended is not None
+        crash = None if ended.crash is None else f"{type(ended.crash).__name__}: {ended.crash}"
+        for rank, (problem, text) in enumerate(dist.all_gather_object((ended.problem, crash))):
+            if text is not None:
+                raise RuntimeError(f"rank {rank}: a save broke down: {text}") from ended.crash
+            ended.problem = ended.problem or problem
+        return self._judge(ended.job.moment, ended.problem)
 
-def free_space_warning(folder: Path, n_parameters: int, keep: int) -> str | None:
-    """One line when the disk is too small for the checkpoints to come, else None.
+    def _judge(self, moment: Moment, problem: str | None) -> bool:
+        if problem is None:
+            self._has_saved(moment)
+            return False
+        self.best_lost = self.best_lost or moment.best is not None
+        self._failures.failed(moment, problem)
+        return True
 
-    A full training state is three float32 values for each parameter (weight and two moments).
-    """
-    need = n_parameters * 4 * 3 * ((keep if keep > 0 else 2) + 1)
-    free = shutil.disk_usage(folder).free
-    if free >= need:
-        return None
-    return (
-        f"{folder} has {free / 1e9:.1f} GB free; {need / 1e9:.1f} GB are needed for the checkpoints that are kept and "
-        "one being written. Free some space, or lower save_num_checkpoints_to_keep."
-    )
+    def _has_saved(self, moment: Moment) -> None:
+        self._last_saved = (moment.epoch, moment.step)
+        self._failures.succeeded(moment)

@@ -25,7 +25,7 @@ from llmtrain.training.algorithms import build_algorithms
 from llmtrain.training.bad_steps import BadStep, BadSteps, Rewind
 from llmtrain.training.best_checkpoint import BestCheckpoint
 from llmtrain.training.callbacks import build_callbacks
-from llmtrain.training.checkpoint_saver import CheckpointSaver, free_space_warning
+from llmtrain.training.checkpoint_saver import CheckpointSaver
 from llmtrain.training.compile import compile_blocks
 from llmtrain.training.console import Console
 from llmtrain.training.data import Loaders, open_tokenizer
@@ -42,6 +42,7 @@ from llmtrain.training.optimizers import build_optimizer
 from llmtrain.training.preemption import EXIT_CODE, Preempted, Preemption
 from llmtrain.training.profiling import build_profiler
 from llmtrain.training.run_folder import MetricsFile, RunFolder
+from llmtrain.training.save_space import bytes_of_a_checkpoint, free_space_warning
 from llmtrain.training.schedulers import build_scheduler
 from llmtrain.training.sources import source_callbacks
 
@@ -277,17 +278,20 @@ def build_saver(
     if folder is None:
         return None
     from_rank_zero(lambda: folder.mkdir(parents=True, exist_ok=True))
-    n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad or not model.should_save_peft_only)
-    if warning := free_space_warning(folder, n_parameters, recipe.save_num_checkpoints_to_keep):
+    each = bytes_of_a_checkpoint(model, recipe.optimizer.name, weights_only=recipe.save_weights_only)
+    keep, best = recipe.save_num_checkpoints_to_keep, recipe.best_checkpoint is not None
+    if warning := free_space_warning(folder, each, keep, best=best):
         environment.say(f"warning: {warning}")
     record: dict[str, Any] = {"recipe": recipe.model_dump(mode="json"), **facts}
     return CheckpointSaver(
         folder,
         recipe.save_interval,
-        keep=recipe.save_num_checkpoints_to_keep,
+        keep=keep,
+        keep_every=recipe.save_keep_every,
         weights_only=recipe.save_weights_only,
         ignore_keys=recipe.save_ignore_keys,
         record=record,
         refused=start.refused,
         replaces=start.replaces,
+        asynchronous=recipe.save_async,
     )
