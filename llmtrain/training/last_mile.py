@@ -21,6 +21,8 @@ from llmtrain.recipe.recipe import Recipe
 from llmtrain.tokenizer import load_tokenizer, save_tokenizer
 from llmtrain.training.callbacks import HFCheckpointerConfig
 from llmtrain.training.export_place import KEY, ExportPlace
+from llmtrain.training.remote_start import place_of_checkpoints
+from llmtrain.training.resume import save_folder
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -34,7 +36,7 @@ def last_mile(recipe: Recipe) -> list[str]:
     Raises:
         UserError: something of it would fail at the end.
     """
-    return [*exercise(recipe), *places(recipe), *destinations(recipe)]
+    return [*exercise(recipe), *places(recipe), *place_of_checkpoints(recipe), *destinations(recipe)]
 
 
 def settings_of(recipe: Recipe) -> HFCheckpointerConfig | None:
@@ -151,8 +153,9 @@ def places(recipe: Recipe) -> list[str]:
     """
     found = []
     size = n_params(recipe.model) if isinstance(recipe.model, MPTConfig) else None
-    if recipe.save_folder is not None and "://" not in recipe.save_folder:
-        folder = _existing(recipe.save_folder.replace("{run_name}", recipe.run_name), "save_folder")
+    local = save_folder(recipe)
+    if local is not None:
+        folder = _existing(str(local), "save_folder")
         keep = recipe.save_num_checkpoints_to_keep
         found.append(_room("save_folder", folder, size and size * 12 * ((keep if keep > 0 else 2) + 1), "checkpoints"))
     settings = settings_of(recipe)

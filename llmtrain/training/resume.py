@@ -15,13 +15,23 @@ from composer.utils import dist
 
 from llmtrain.checkpoint import manifest
 from llmtrain.checkpoint.pretrained import fetch
-from llmtrain.checkpoint.resolve import CheckpointInfo, checkpoints_in, first_intact, locate
+from llmtrain.checkpoint.remote import RemoteFolder
+from llmtrain.checkpoint.resolve import CHECKPOINTS, CheckpointInfo, checkpoints_in, first_usable, locate
 from llmtrain.checkpoint.validation import validate
 from llmtrain.errors import UserError
 from llmtrain.recipe.recipe import Recipe
 from llmtrain.training.agreement import from_all_ranks, from_rank_zero
 from llmtrain.training.environment import say, say_each
 from llmtrain.training.recipe_changes import check_model, check_run, vocabulary_grows
+from llmtrain.training.remote_start import (
+    RemoteInfo,
+    fetch_best,
+    fetch_load_path,
+    fetch_skipped_steps,
+    fetch_together,
+    look,
+    remote_folder,
+)
 
 Kind = Literal["sharded", "full"]
 
@@ -37,9 +47,12 @@ class StartingPoint:
         weights: what to start from, where that is no checkpoint that Composer would load: weights go into the model
             before it is sharded.
         step: optimizer steps that are already done.
+        epoch: epochs that are already done.
         finished: the run has reached its max_duration before.
         refused: names of the run's checkpoints that were found damaged.
         replaces: checkpoints of an earlier run that go away with the first new one (save_overwrite).
+        remote_refused: names of checkpoints in the store that were found damaged there.
+        remote_replaces: names of those of an earlier run in the store.
     """
 
     load_path: str | None = None
@@ -47,20 +60,23 @@ class StartingPoint:
     load_ignore_keys: list[str] | None = None
     weights: Path | None = None
     step: int = 0
+    epoch: int = 0
     finished: bool = False
     refused: frozenset[str] = frozenset()
     replaces: tuple[Path, ...] = ()
+    remote_refused: frozenset[str] = frozenset()
+    remote_replaces: frozenset[str] = frozenset()
 
 
 def save_folder(recipe: Recipe) -> Path | None:
-    """The folder of the run's checkpoints, with `{run_name}` filled in."""
+    """The folder of the run's checkpoints on this machine, with `{run_name}` filled in.
+
+    Where the recipe names a store, checkpoints are written to the run's own folder, and sent from there.
+    """
     if recipe.save_folder is None:
         return None
     if "://" in recipe.save_folder:
-        raise UserError(
-            f"save_folder: {recipe.save_folder!r}: checkpoints to object stores are not supported yet. "
-            "Give a folder that all nodes share, and copy finished checkpoints from there."
-        )
+        return Path("runs") / recipe.run_name / CHECKPOINTS
     return Path(recipe.save_folder.replace("{run_name}", recipe.run_name))
 
 
@@ -71,24 +87,37 @@ def find(recipe: Recipe) -> StartingPoint:
         UserError: all checkpoints of the run are damaged; there are checkpoints but `autoresume` is off; model or
             optimizer are not those of the checkpoint; `load_path` is not there or cannot be loaded by this recipe.
     """
-    folder = save_folder(recipe)
+    folder, remote = save_folder(recipe), remote_folder(recipe)
     own = from_rank_zero(lambda: _own_checkpoints(folder))
-    if own and folder is not None:
+    there: list[RemoteInfo] = []
+    if remote is not None and folder is not None:
+        there = look(remote, folder, must=not own or recipe.save_overwrite) or []
+    if (own or there) and folder is not None:
         if not recipe.save_overwrite:
-            return _continue(recipe, folder, own)
+            return _continue(recipe, folder, own, remote, there)
         if recipe.load_path is not None and Path(recipe.load_path).resolve().is_relative_to(folder.resolve()):
             raise UserError(
                 f"load_path {recipe.load_path} lies in save_folder, whose checkpoints save_overwrite=true replaces. "
                 "Choose another run_name."
             )
-        say(f"save_overwrite: starting anew; {len(own)} checkpoints in {folder} go when the first new one is written.")
-    replaces = tuple(info.path for info in own)
+        if own:
+            say(
+                f"save_overwrite: starting anew; {len(own)} checkpoints in {folder} go when the first new one is "
+                "written."
+            )
+        if there:
+            say(f"save_overwrite: {len(there)} checkpoints in {remote} go when the first new one has arrived there.")
+    start = StartingPoint(
+        replaces=tuple(info.path for info in own),
+        remote_replaces=frozenset(info.path.name for info in there),
+    )
     pretrained = recipe.model.pretrained
     if isinstance(pretrained, str):
-        return StartingPoint(weights=from_rank_zero(lambda: fetch(pretrained)), replaces=replaces)
+        return dataclasses.replace(start, weights=from_rank_zero(lambda: fetch(pretrained)))
     if recipe.load_path is None:
-        return StartingPoint(replaces=replaces)
-    return dataclasses.replace(_load_path(recipe, recipe.load_path), replaces=replaces)
+        return start
+    given = _load_path(recipe, recipe.load_path)
+    return dataclasses.replace(given, replaces=start.replaces, remote_replaces=start.remote_replaces)
 
 
 def _own_checkpoints(folder: Path | None) -> list[CheckpointInfo]:
@@ -104,11 +133,14 @@ def _own_checkpoints(folder: Path | None) -> list[CheckpointInfo]:
     return found
 
 
-def _continue(recipe: Recipe, folder: Path, own: list[CheckpointInfo]) -> StartingPoint:
-    newest, refused = first_intact(own, verify_together, say)
+def _continue(
+    recipe: Recipe, folder: Path, own: list[CheckpointInfo], remote: RemoteFolder | None, there: list[RemoteInfo]
+) -> StartingPoint:
+    newest, refused, remote_refused = _newest(folder, own, remote, there)
     if newest is None:
+        holds = f"{folder} holds" if own else f"{remote} holds"
         raise UserError(
-            f"{folder} holds checkpoints, but none is complete (see above). Nothing was changed. "
+            f"{holds} checkpoints, but none is complete (see above). Nothing was changed. "
             "Restore one from a copy, or start over with autoresume=false save_overwrite=true."
         )
     saved = manifest.read(newest.path)
@@ -129,16 +161,52 @@ def _continue(recipe: Recipe, folder: Path, own: list[CheckpointInfo]) -> Starti
     _say_versions(saved, newest.path)
     if not finished and saved.kind != _kind_that_is_read(recipe):
         raise UserError(_wrong_kind(newest.path, saved.kind))
+    if remote is not None and isinstance(newest, RemoteInfo):
+        fetch_skipped_steps(remote, folder.parent)
+    if remote is not None and recipe.best_checkpoint is not None:
+        fetch_best(remote, there, folder, saved.step)
     return StartingPoint(
-        str(_for_composer(newest.path, saved.kind)), step=saved.step, finished=finished, refused=frozenset(refused)
+        str(_for_composer(newest.path, saved.kind)),
+        step=saved.step,
+        epoch=newest.epoch,
+        finished=finished,
+        refused=frozenset(refused),
+        remote_refused=frozenset(remote_refused),
     )
+
+
+def _newest(
+    folder: Path, own: list[CheckpointInfo], remote: RemoteFolder | None, there: list[RemoteInfo]
+) -> tuple[CheckpointInfo | None, set[str], set[str]]:
+    """The newest sound checkpoint, on this machine when it returns; and who was refused before it, here and there.
+
+    Of the same step, the one on this machine comes first.
+    """
+    remote_refused = {info.path.name for info in there if info.problem is not None}
+
+    def problems_of(info: CheckpointInfo) -> list[str]:
+        if not isinstance(info, RemoteInfo):
+            return verify_together(info.path)
+        assert remote is not None
+        problems = fetch_together(remote, info.there, folder)
+        if problems:
+            remote_refused.add(info.path.name)
+        return [f"in {remote}: {problem}" for problem in problems]
+
+    candidates = sorted([*own, *there], key=lambda info: (info.step, info.epoch), reverse=True)  # stable
+    newest, refused = first_usable(candidates, problems_of, say)
+    names = set(refused) & {info.path.name for info in own}
+    if newest is not None:
+        names.discard(newest.path.name)  # a sound one of that name has come from the store
+    return newest, names, remote_refused
 
 
 def _load_path(recipe: Recipe, given: str) -> StartingPoint:
     options = (recipe.load_weights_only, recipe.load_ignore_keys)
-    if "://" in given:
+    fetched = fetch_load_path(given) if "://" in given else None
+    if "://" in given and fetched is None:
         return StartingPoint(given, *options)
-    path = from_rank_zero(lambda: locate(Path(given), say))
+    path = fetched or from_rank_zero(lambda: locate(Path(given), say))
     kind: Kind = "sharded" if (path / ".metadata").is_file() else "full"
     grows = False
     if (path / manifest.MANIFEST).is_file():

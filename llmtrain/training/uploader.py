@@ -23,8 +23,8 @@ _TOLD_AGAIN = 600.0  # seconds until a failure that goes on is told once more
 _PROGRESS = 10.0  # seconds between lines while a run waits for its uploads
 
 
-class _Stopped(Exception):
-    """The run has gone another way."""
+class _Stopped(ConnectionAbortedError):
+    """The run goes another way; to a store's client it looks like a connection that breaks."""
 
 
 class Uploader:
@@ -171,12 +171,13 @@ class Uploader:
                     self._send_newest()
                 elif self._untidy:
                     self._tidy()
-            except _Stopped:
-                return
             except Exception as problem:  # whatever a store's client raises: a run is worth more than its uploads
+                if self._stopping:
+                    return
                 self._failed(problem)
             else:
-                self._works()
+                self._say_again()
+                self._failures = 0
 
     def _look(self) -> None:
         """Finds out what is in the store already, and what of this machine is to be sent."""
@@ -259,6 +260,8 @@ class Uploader:
             raise _Stopped
         self._sent[file] = done
         self._moved = time.monotonic()
+        if self._failing_since is not None and done > 0:
+            self._say_again()
 
     def _tidy(self) -> None:
         """After a checkpoint has arrived: what people read, and then what is given up in the store."""
@@ -312,9 +315,9 @@ class Uploader:
             while (left := deadline - time.monotonic()) > 0 and self._hurry == hurry and not self._stopping:
                 self._changed.wait(left)
 
-    def _works(self) -> None:
+    def _say_again(self) -> None:
         with self._changed:
-            since, self._failing_since, self._failures, self._told = self._failing_since, None, 0, (0.0, "")
+            since, self._failing_since, self._told = self._failing_since, None, (0.0, "")
         if since is not None:
             self._say(f"upload      {self.remote} works again, after {time.monotonic() - since:.0f} s")
 
