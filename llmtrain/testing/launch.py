@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,13 +54,23 @@ class Run:
         overrides: `key=value`, as on the command line.
         ranks: number of processes.
         cwd: where `runs/` goes.
+        environment: variables that the ranks have besides those that the fork server was started with.
     """
 
-    def __init__(self, recipe: Path, overrides: Sequence[str] = (), *, ranks: int, cwd: Path) -> None:
+    def __init__(
+        self,
+        recipe: Path,
+        overrides: Sequence[str] = (),
+        *,
+        ranks: int,
+        cwd: Path,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         name = next((o.split("=", 1)[1] for o in reversed(overrides) if o.startswith("run_name=")), recipe.stem)
         self.folder = cwd / "runs" / name
         self.log = cwd / f"{name}-{time.monotonic_ns()}.log"
-        self.ranks = Ranks([str(recipe), *overrides, *trust_in_own(recipe)], ranks, cwd=cwd, log=self.log)
+        arguments = [str(recipe), *overrides, *trust_in_own(recipe)]
+        self.ranks = Ranks(arguments, ranks, cwd=cwd, log=self.log, environment=environment)
         self.processes = self.ranks.processes
 
     def wait_for(self, text: str, timeout: float = 600) -> None:
@@ -103,13 +113,21 @@ class Run:
         return Finished(codes, self.output(), self.folder)
 
 
-def launch(recipe: Path, overrides: Sequence[str] = (), *, ranks: int = 1, cwd: Path, timeout: float = 900) -> Finished:
+def launch(
+    recipe: Path,
+    overrides: Sequence[str] = (),
+    *,
+    ranks: int = 1,
+    cwd: Path,
+    timeout: float = 900,
+    environment: Mapping[str, str] | None = None,
+) -> Finished:
     """Trains `recipe` with `ranks` processes in the working directory `cwd`, and waits for the end.
 
     Raises:
         TimeoutError: it took longer than `timeout` seconds.
     """
-    return Run(recipe, overrides, ranks=ranks, cwd=cwd).wait(timeout)
+    return Run(recipe, overrides, ranks=ranks, cwd=cwd, environment=environment).wait(timeout)
 
 
 def launcher_command(recipe: Path, overrides: Sequence[str] = (), *, ranks: int = 1) -> list[str]:
