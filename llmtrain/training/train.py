@@ -19,7 +19,15 @@ from llmtrain.model.sequence_parallel import SequenceParallel
 from llmtrain.recipe.batch import batch_plan
 from llmtrain.recipe.recipe import Recipe
 from llmtrain.tokenizer import fingerprint_of
-from llmtrain.training import activation_checkpointing, composer_adapter, environment, resume, rewinding, skipped_steps
+from llmtrain.training import (
+    activation_checkpointing,
+    composer_adapter,
+    environment,
+    resume,
+    rewinding,
+    skipped_steps,
+    watching,
+)
 from llmtrain.training.agreement import from_all_ranks, from_rank_zero
 from llmtrain.training.algorithms import build_algorithms
 from llmtrain.training.bad_steps import BadStep, BadSteps, Rewind
@@ -58,6 +66,7 @@ def train(recipe: Recipe) -> int:
         UserError: something that the user can mend, before the first step.
     """
     device = environment.start(recipe)
+    watching.start(recipe)
     rewinding.finish(recipe)
     start = resume.find(recipe)
     if start.finished:
@@ -140,6 +149,7 @@ def assemble(recipe: Recipe, start: resume.StartingPoint, device: torch.device) 
     restore_rng = composer_adapter.RestoreRNG()
     # The order matters: the random state is restored first; a stop saves before the saver looks whether it is due.
     callbacks = [
+        *watching.watch_callbacks(recipe, model.model),
         restore_rng,
         *([warmup] if warmup else []),
         *built,
