@@ -14,7 +14,7 @@ TEST     ?=
 OVERRIDES ?=
 WORKERS  ?= 4
 
-.PHONY: setup train twins storywriter test test-long test-pip lint clean
+.PHONY: setup train twins storywriter test test-long test-pip audit lint clean
 
 setup: $(VENV)/.ready
 
@@ -58,6 +58,7 @@ test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python scripts/audit.py
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder -m 'not long' $(TEST)
 
 test-long: setup
@@ -72,6 +73,10 @@ $(VENV_PIP)/.ready: pyproject.toml
 test-pip: $(VENV_PIP)/.ready
 	$(VENV_PIP)/bin/python -m pip install -q --disable-pip-version-check --no-deps --force-reinstall .
 	PYTHONSAFEPATH=1 $(VENV_PIP)/bin/pytest -m 'not slow' $(TEST)
+
+# Known vulnerabilities of what is installed, where the service can be asked.
+audit: setup
+	$(BIN)/python scripts/audit.py
 
 lint: setup
 	$(BIN)/ruff check --fix .
