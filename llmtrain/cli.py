@@ -538,6 +538,38 @@ def compare_runs(
 
 
 @app.command()
+def certify(
+    recipe: Path,
+    overrides: Overrides = None,
+    ranks: Annotated[int, typer.Option(min=1, help="Processes of the run.")] = 2,
+    kills: Annotated[int, typer.Option(min=0, help="How often it is killed.")] = 20,
+    seed: Annotated[int, typer.Option(help="Decides where.")] = 0,
+    other_ranks: Annotated[str, typer.Option(help="Numbers of ranks to go on with, or none.")] = "1,4",
+    steps: Annotated[int, typer.Option(min=6, help="Of each run.")] = 24,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the folder of the runs.")] = False,
+    output: Annotated[
+        Path | None, typer.Option(help="Path of the JSON and PNG, without suffix; certificate-RECIPE.")
+    ] = None,
+    trust_code: TrustCode = False,
+) -> None:
+    """Prove that a run which is killed and resumed is the run that was not: kills it at random and compares bits."""
+    from llmtrain.certify.command import certify_command
+
+    certificate = certify_command(
+        recipe,
+        overrides or [],
+        ranks=ranks,
+        kills=kills,
+        seed=seed,
+        other_ranks=other_ranks,
+        steps=steps,
+        keep=keep,
+        output=output,
+    )
+    raise typer.Exit(0 if certificate.granted else 1)
+
+
+@app.command()
 def version() -> None:
     """Print the version."""
     print(llmtrain.__version__)

@@ -107,7 +107,7 @@ def show(console: Console, certificate: Certificate) -> None:
         table.add_row("", certificate.elastic_note)
     for name, amount in certificate.compared.items():
         table.add_row(f"same: {name}" if granted else f"compared: {name}", amount)
-    table.add_row("not compared", f"{', '.join(NOT_COMPARED)} (names and wall-clock times)")
+    table.add_row("not compared", f"{', '.join(NOT_COMPARED)} (names, wall-clock times)")
     if certificate.difference is not None:
         difference = certificate.difference
         table.add_row(Text("first difference", "bold red"), Text(f"{difference.where}\n{difference.key}"))

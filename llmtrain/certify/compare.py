@@ -1,6 +1,7 @@
 """Two runs, compared exactly: what they trained on, what it came to, and what they leave."""
 
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -27,6 +28,7 @@ NOT_COMPARED = (
     "state.run_name",
     "*_wct",  # wall-clock times
     "state.metadata.*",  # of the machine
+    "state.algorithms",  # descriptions for people, with addresses in memory
     "state.callbacks.SpeedMonitor.*",
     "state.callbacks.RuntimeEstimator.*",
 )
@@ -229,7 +231,8 @@ def _content(checkpoint: Path) -> dict[str, Any]:
         for key, entry in metadata.state_dict_metadata.items()
         if isinstance(entry, TensorStorageMetadata)
     }
-    load(dict(content), storage_reader=FileSystemReader(checkpoint), no_dist=True)
+    with warnings.catch_warnings(action="ignore"):  # torch says that this is a single process
+        load(dict(content), storage_reader=FileSystemReader(checkpoint), no_dist=True)
     for index, place in metadata.storage_data.items():
         if index.fqn not in content:
             with (checkpoint / place.relative_path).open("rb") as file:

@@ -247,7 +247,7 @@ def _stage(run: Path) -> str | None:
     found = False
     try:
         for folder in (run / "checkpoints/.saving").iterdir():
-            if folder.is_dir() and not folder.name.startswith("replaced-"):
+            if folder.is_dir() and folder.name.startswith("ep"):
                 found = True
                 files |= {file.name for file in folder.iterdir()}
     except OSError:  # it was renamed just now
@@ -273,12 +273,12 @@ def _seen(run: Path, point: Point, watch: _Watch, ranks: int) -> Kill:
     """What the kill hit, by what it left."""
     stage = _stage(run)
     kind: Kind
-    if stage is not None:
+    if watch.phase in ("starting", "loaded"):  # what lies half-written there was left by an earlier start
+        kind, detail = "start", "before it knew where it goes on" if watch.began is None else "checkpoint loaded"
+    elif stage is not None:
         kind, detail = "save", _DETAILS[stage]
     elif watch.phase == "evaluation":
         kind, detail = "evaluation", f"after step {watch.step}"
-    elif watch.phase in ("starting", "loaded"):
-        kind, detail = "start", "before it knew where it goes on" if watch.began is None else "checkpoint loaded"
     else:
         kind, detail = "step", f"step {watch.step + 1}"
     return Kill(kind, point.kind, detail, watch.began, watch.step, point.rank, ranks)
