@@ -49,10 +49,18 @@ from llmtrain.training.loggers import build_loggers
 from llmtrain.training.optimizers import build_optimizer
 from llmtrain.training.preemption import EXIT_CODE, Preempted, Preemption
 from llmtrain.training.profiling import build_profiler
+from llmtrain.training.remote_checkpoints import (
+    build_remote_checkpoints,
+    leave_uploads,
+    stop_uploads,
+    uploads_finished,
+    uploads_made_up,
+)
 from llmtrain.training.run_folder import MetricsFile, RunFolder
 from llmtrain.training.save_space import bytes_of_a_checkpoint, free_space_warning
 from llmtrain.training.schedulers import build_scheduler
 from llmtrain.training.sources import source_callbacks
+from llmtrain.training.step_record import step_record
 
 
 def train(recipe: Recipe) -> int:
@@ -71,7 +79,7 @@ def train(recipe: Recipe) -> int:
     start = resume.find(recipe)
     if start.finished:
         environment.say(f"{recipe.run_name} is complete at step {start.step}; nothing to do.")
-        return last_export_made_up(recipe, start)
+        return max(uploads_made_up(recipe, start), last_export_made_up(recipe, start))
     while (code := train_from(recipe, start, device)) is None:
         rewinding.collect()
         start = rewinding.starting_point(recipe)
@@ -87,20 +95,24 @@ def train_from(recipe: Recipe, start: resume.StartingPoint, device: torch.device
         trainer.fit()
     except Preempted:
         trainer.close()
+        uploads_finished(trainer.state.callbacks)
         return EXIT_CODE
     except Rewind:
+        stop_uploads(trainer.state.callbacks)
         rewinding.let_go(trainer)
         return None
     except BadStep as stop:
         environment.say(f"bad step    {stop}")
         trainer.close()
+        uploads_finished(trainer.state.callbacks)
         return BAD_STEPS
     except UserError as error:
         error.rank = dist.get_global_rank()
+        leave_uploads(trainer.state.callbacks)
         trainer.engine.close()  # trainer.close() would wait for the other ranks, which may be waiting for this one
         raise
     trainer.close()
-    return failed_exports(trainer.state.callbacks)
+    return max(uploads_finished(trainer.state.callbacks), failed_exports(trainer.state.callbacks))
 
 
 def assemble(recipe: Recipe, start: resume.StartingPoint, device: torch.device) -> Trainer:
@@ -142,6 +154,7 @@ def assemble(recipe: Recipe, start: resume.StartingPoint, device: torch.device) 
         attention=environment.attention_kernel(model, device, precision),
     )
     bad_steps = BadSteps(recipe.bad_steps, run.path, rewinds, saver)
+    uploads = build_remote_checkpoints(recipe, start, saver)
     preemption = Preemption(saver)
     built = build_callbacks(recipe.callbacks, tokenizer, run.path, conversations=bool(recipe.finetuning_loaders()))
     for exporter in exporters(built):
@@ -158,6 +171,8 @@ def assemble(recipe: Recipe, start: resume.StartingPoint, device: torch.device) 
         bad_steps,
         preemption,
         *([saver] if saver else []),
+        *([uploads] if uploads else []),
+        *step_record(run.path, batch.sequence_parallel_degree),
     ]
     loggers = [MetricsFile(run), *build_loggers(recipe.loggers, run.path)]
     if recipe.log_to_console:
