@@ -55,13 +55,21 @@ def main() -> int:
         return 0
     try:
         lines = findings(done.stdout, known)
+        asked = json.loads(done.stdout)["dependencies"]
+        unknown = sum("skip_reason" in package for package in asked)
     except (ValueError, KeyError):
         reason = (done.stderr.strip() or "no answer").splitlines()[-1]
         print(f"audit       not done: {reason[:200]}")
         return 0
+    if unknown == len(asked):
+        print(f"audit       not done: the service knows none of the {unknown} packages (a mirror without advisories?)")
+        return 0
     for line in lines:
         print(f"audit       {line}")
-    print(f"audit       {len(lines)} finding(s); {len(known)} known ones are ignored, see {IGNORED.name}")
+    known_to_it = f"{len(asked) - unknown} of {len(asked)} packages"
+    print(
+        f"audit       {known_to_it} looked up: {len(lines)} finding(s); {len(known)} known ones are ignored, see {IGNORED.name}"
+    )
     return 1 if lines else 0
 
 

@@ -22,6 +22,9 @@ from composer.utils import format_name_with_dist
 
 from llmtrain.redaction import redact, redact_arguments
 
+_SHOWN = {"config", "notes", "tags", "name", "group", "job_type"}
+"""What `wandb.init` takes and shows."""
+
 
 class WandB(WandBLogger):  # type: ignore[misc]
     """Weights & Biases, and a resumed run goes on in the same W&B run.
@@ -49,6 +52,8 @@ class WandB(WandBLogger):  # type: ignore[misc]
             self._init_kwargs.setdefault("dir", str(self._folder))
             if self._rank_zero_only and "id" not in self._init_kwargs:
                 self._init_kwargs.update(id=_run_id(self._folder / WANDB_RUN_ID), resume="allow")
+        for key in _SHOWN & self._init_kwargs.keys():
+            self._init_kwargs[key] = redact(self._init_kwargs[key])
         given = sys.argv
         try:
             sys.argv = redact_arguments(given)  # W&B keeps the command line

@@ -47,3 +47,19 @@ def test_a_service_that_does_not_answer_is_one_line(
     monkeypatch.setattr(audit.sys, "executable", "/bin/false")
     assert audit.main() == 0
     assert capsys.readouterr().out == "audit       not done: no answer\n"
+
+
+def test_a_service_that_knows_nothing_is_no_clean_bill(
+    audit: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    skipped = json.dumps({"dependencies": [{"name": "c", "skip_reason": "not on the index"}]})
+
+    class Done:
+        stdout, stderr = skipped, ""
+
+    monkeypatch.setattr(audit.subprocess, "run", lambda *args, **kwargs: Done)
+    assert audit.main() == 0
+    assert "not done: the service knows none of the 1 packages" in capsys.readouterr().out
+    Done.stdout = json.dumps(REPORT)
+    assert audit.main() == 1
+    assert "2 of 3 packages looked up: 2 finding(s)" in capsys.readouterr().out
