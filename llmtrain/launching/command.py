@@ -16,7 +16,7 @@ from llmtrain.launching.network import address_towards, interface_of, is_own
 from llmtrain.launching.plan import VERDICT, LaunchPlan, check_ranks, shell
 from llmtrain.launching.rank import ELASTIC
 from llmtrain.launching.slurm import SlurmOptions, script, submit
-from llmtrain.launching.supervisor import Job, inherited, say, supervise
+from llmtrain.launching.supervisor import Job, inherited, of_a_launch, say, supervise
 from llmtrain.launching.variables import parse_variables
 from llmtrain.recipe.check import summary
 from llmtrain.recipe.load import load_recipe
@@ -76,6 +76,8 @@ def launch_command(path: Path, overrides: Sequence[str], options: Options) -> in
     Raises:
         UserError: the recipe or the options are wrong; nothing was started.
     """
+    for key in [key for key in os.environ if of_a_launch(key)]:
+        del os.environ[key]  # of an outer launch: this one is about other ranks
     scheduler = _check_options(options)
     recipe = load_recipe(path, overrides)
     plan = _plan(path, overrides, options, recipe)
@@ -180,7 +182,7 @@ def _several_hosts(plan: LaunchPlan, recipe: Recipe, options: Options) -> int:
     address = options.local_addr or address_towards(host, port)
     extra = {**shared, **_interface(address)}
     if not composer:
-        extra.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(int(options.grace)))  # torch 2.11; before, it is 30 s
+        extra.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(int(options.grace)))
         command = _with_local_address(plan, command, address)
     say(f"on this host: {shell(command, extra)}")
     if options.nodes > 1:

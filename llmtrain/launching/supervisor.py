@@ -21,6 +21,13 @@ FRUITLESS = 2
 PORTS = 3
 """How often a port that was taken meanwhile is exchanged for another, beside the restarts."""
 
+_PLACES = frozenset(
+    {
+        *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+        *("NODE_RANK", "BASE_RANK", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME"),
+    }
+)
+
 
 @dataclass(frozen=True)
 class Job:
@@ -206,8 +213,11 @@ def _read(path: Path) -> str:
         return ""
 
 
+def of_a_launch(variable: str) -> bool:
+    """Whether a launcher tells a process its place by this variable."""
+    return variable in _PLACES or variable.startswith("TORCHELASTIC_")
+
+
 def inherited(extra: Mapping[str, str]) -> dict[str, str]:
     """This process's variables without those of an outer launch, which a launcher would take for its own."""
-    outer = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "NODE_RANK", "BASE_RANK", "GROUP_", "ROLE_", "TORCHELASTIC_")
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(outer)}
-    return {**kept, **extra}
+    return {**{key: value for key, value in os.environ.items() if not of_a_launch(key)}, **extra}

@@ -1,0 +1,131 @@
+"""`llmtrain launch`: what is refused before anything starts, and the commands that it prints."""
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llmtrain.errors import UserError
+from llmtrain.launching import command
+from llmtrain.launching.command import Options, launch_command
+from llmtrain.launching.plan import LaunchPlan
+from llmtrain.launching.supervisor import Job, inherited
+from llmtrain.testing.corpus import TinyCorpus
+from llmtrain.testing.recipe import tiny_recipe
+
+HERE = "127.0.0.1:29511"
+
+
+@pytest.fixture
+def recipe(corpus: TinyCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("LLMTRAIN_TRUST_CODE", raising=False)
+    return tiny_recipe(tmp_path / "a recipe.yaml", corpus, run_name="tiny")
+
+
+@pytest.fixture
+def job(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
+    """What would be supervised."""
+    kept: list[Job] = []
+    monkeypatch.setattr(command, "supervise", lambda job: kept.append(job) or 0)
+    return kept
+
+
+def printed(recipe: Path, capsys: pytest.CaptureFixture[str], *overrides: str, **options: object) -> list[str]:
+    assert launch_command(recipe, overrides, Options(only_print=True, **options)) == 0  # type: ignore[arg-type]
+    return capsys.readouterr().out.splitlines()
+
+
+def test_one_host_is_composers_launcher(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (line,) = printed(recipe, capsys, "max_duration=3ba", "metadata={note: a b}", gpus_per_node=2)
+    wanted = ["composer", "-n", "2", "-m", "llmtrain.training.command", str(recipe), "max_duration=3ba"]
+    assert shlex.split(line) == [*wanted, "metadata={note: a b}"]
+
+
+def test_several_hosts_are_torchrun_or_composers_flags(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = printed(recipe, capsys, nodes=2, gpus_per_node=4, rdzv_endpoint="node1:29400")
+    torchrun, *composer = [line for line in lines if not line.startswith("#")]
+    assert "torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint node1:29400" in torchrun
+    assert "--rdzv-id tiny --max-restarts 3 -m llmtrain.launching.rank" in torchrun
+    for rank, line in enumerate(composer):
+        flags = f"--world_size 8 --node_rank {rank} --master_addr node1 --master_port 29400"
+        assert f"composer -n 4 {flags} -m llmtrain.training.command" in line
+    assert len(composer) == 2
+
+
+def test_elastic_is_a_range_of_hosts(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = printed(recipe, capsys, nodes=4, min_nodes=1, gpus_per_node=1, rdzv_endpoint="node1")
+    assert "--nnodes 1:4" in lines[1]
+    assert "--rdzv-endpoint node1:29500" in lines[1]
+    assert not any("composer" in line for line in lines)
+
+
+def test_the_command_that_runs_knows_this_host(
+    recipe: Path, job: list[Job], capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = Options(nodes=4, min_nodes=1, gpus_per_node=1, rdzv_endpoint=HERE, rdzv_conf="join_timeout=5", grace=7)
+    assert launch_command(recipe, [], options) == 0
+    (one,) = job
+    assert one.elastic
+    said = capsys.readouterr().err
+    assert "--local-addr 127.0.0.1" in said
+    assert "--rdzv-conf join_timeout=5,is_host=1" in said
+    assert "with 3 hosts, global_train_batch_size 8 cannot be split" in said
+    assert one.environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "7"
+    assert one.environment["LLMTRAIN_VERDICT"] == str(one.verdict)
+    assert Path(one.command()[0]).name == "torchrun"
+
+
+def test_a_supervised_host_cleans_what_an_outer_launch_left(
+    recipe: Path, job: list[Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "NODE_RANK", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.setenv(name, "7")
+    monkeypatch.setenv("RANKED", "1")
+    assert launch_command(recipe, [], Options(gpus_per_node=1)) == 0
+    environment = job[0].environment
+    assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "NODE_RANK"} & environment.keys()
+    assert environment["RANKED"] == "1"
+    assert inherited({"A": "b"})["A"] == "b"
+
+
+@pytest.mark.parametrize(
+    ("options", "overrides", "message"),
+    [
+        ({}, ["max_duraton=3ba"], "max_duraton"),
+        ({"gpus_per_node": 3}, [], "cannot be split over 3 ranks"),
+        ({"nodes": 2, "gpus_per_node": 1}, [], "--rdzv-endpoint"),
+        ({"nodes": 2, "gpus_per_node": 1, "rdzv_endpoint": "node1:port"}, [], "is not HOST:PORT"),
+        ({"nodes": 2, "scheduler": "local"}, [], "local is for one host"),
+        ({"nodes": 2, "min_nodes": 3, "rdzv_endpoint": HERE}, [], "--min-nodes: 3 is more"),
+        ({"nodes": 2, "node_rank": 2, "rdzv_endpoint": HERE}, [], "--node-rank: 2"),
+        ({"nodes": 2, "node_rank": 0, "min_nodes": 1, "rdzv_endpoint": HERE}, [], "needs all of them"),
+        ({"scheduler": "lsf"}, [], "'lsf' is none of local, torchrun, slurm, kubernetes"),
+        ({"gpus_per_node": 1}, ["code_paths=[evil.py]"], "--trust-code"),
+    ],
+)
+def test_mistakes_end_before_anything_starts(
+    options: dict[str, object], overrides: list[str], message: str, recipe: Path, job: list[Job]
+) -> None:
+    with pytest.raises(UserError, match=message):
+        launch_command(recipe, overrides, Options(**options))  # type: ignore[arg-type]
+    assert not job
+
+
+@pytest.mark.parametrize(
+    ("given", "host", "port"),
+    [("node1:29400", "node1", 29400), ("node1", "node1", 29500), ("[fd00::1]:7", "[fd00::1]", 7)],
+)
+def test_endpoints(given: str, host: str, port: int) -> None:
+    assert LaunchPlan(Path("r.yaml"), rdzv_endpoint=given).endpoint() == (host, port)
+
+
+def test_printing_imports_no_torch(recipe: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from llmtrain.launching.command import *;"
+        f"launch_command(Path({str(recipe)!r}), [], Options(gpus_per_node=1, only_print=True));"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'composer', 'transformers')))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
