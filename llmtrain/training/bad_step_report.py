@@ -77,7 +77,7 @@ class Report:
         if len(self.micro_batches) > MOST:
             lines.append(f"and {len(self.micro_batches) - MOST} more micro-batches: see the report")
         if self.weights_not_finite:
-            lines.append(f"weights that are not finite before this step: {_some(self.weights_not_finite)}")
+            lines.append(f"weights that are not finite before this step: {some(self.weights_not_finite)}")
         if self.culprits:
             rank, first = min(self.culprits.items())
             name = first.module or "(no module)"
@@ -93,7 +93,7 @@ class Report:
 
     def _of(self, batch: MicroBatch) -> str:
         ids = [number for row in batch.samples for number in row]
-        samples = f"samples {_some(ids)}" if ids else "samples unknown (the batch has no ids)"
+        samples = f"samples {some(ids)}" if ids else "samples unknown (the batch has no ids)"
         where = f"rank {batch.rank}, micro-batch {batch.number} of {self.of_micro_batches}"
         return f"{where}: loss {batch.loss:.4g}, {samples}"
 
@@ -103,7 +103,7 @@ class Report:
             return ""
         bad = [name for name, norm in layers.items() if not math.isfinite(norm)]
         if bad:
-            return f"gradient norms are not finite in {len(bad)} of {len(layers)} layers: {_some(bad)}"
+            return f"gradient norms are not finite in {len(bad)} of {len(layers)} layers: {some(bad)}"
         largest = sorted(layers.items(), key=lambda pair: -pair[1])[:3]
         return "largest gradient norms: " + ", ".join(f"{name} {norm:.3g}" for name, norm in largest)
 
@@ -128,7 +128,8 @@ def gradient_norms(metrics: Mapping[str, float]) -> dict[str, float]:
     }
 
 
-def _some(names: list[Any]) -> str:
+def some(names: list[Any]) -> str:
+    """The first of them, and how many more there are."""
     shown = ", ".join(str(name) for name in names[:MOST])
     return shown + (f" and {len(names) - MOST} more" if len(names) > MOST else "")
 

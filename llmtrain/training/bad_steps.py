@@ -18,19 +18,17 @@ from llmtrain.checkpoint.resolve import CheckpointInfo, checkpoints_in, first_in
 from llmtrain.errors import UserError
 from llmtrain.training import bad_step_search, skipped_steps
 from llmtrain.training.agreement import from_rank_zero
-from llmtrain.training.bad_step_report import MicroBatch, Report, gradient_norms
+from llmtrain.training.bad_step_report import MicroBatch, Report, gradient_norms, some
 from llmtrain.training.bad_step_search import Seen
 from llmtrain.training.bad_steps_config import BadStepsConfig
 from llmtrain.training.checkpoint_saver import CheckpointSaver
 from llmtrain.training.environment import say, say_each
 from llmtrain.training.first_not_finite import local, not_finite
+from llmtrain.training.loss_curve import SKIPPED
 from llmtrain.training.loss_window import LossWindow, Spike
 from llmtrain.training.optimizer_monitor import norms
 from llmtrain.training.resume import verify_together
 from llmtrain.training.skipped_steps import RewindRecord
-
-SKIPPED = "step/skipped"
-"""Metric: 1 at a step whose update was not applied."""
 
 
 class BadStep(UserError):
@@ -78,6 +76,8 @@ class BadSteps(Callback):  # type: ignore[misc]
         self.skipped = {"non_finite": 0, "loss_spike": 0}
         self._seen: list[Seen] = []
         self._decision = _Decision(self)
+        if saver is not None:
+            saver.before_hooks.append(self.refuse_to_save)
 
     def first(self, algorithms: Sequence[Algorithm], event: Event) -> Sequence[Algorithm]:
         """Composer's `algorithm_passes`: the decision comes before the algorithms of this event."""
@@ -120,6 +120,24 @@ class BadSteps(Callback):  # type: ignore[misc]
                 self._spike(state, logger, spike)
         self._seen = []
 
+    def refuse_to_save(self, state: State) -> None:
+        """Weights that an update has blown up are not saved (a collective call).
+
+        Raises:
+            BadStep: on all ranks: weights are not finite.
+        """
+        ours = _bad_weights(state)
+        count = torch.tensor([len(ours)])
+        count = state.device.tensor_to_device(count)
+        dist.all_reduce(count, reduce_operation="SUM")
+        if not count.item():
+            return
+        names = _all_names(ours)
+        raise BadStep(
+            f"step {int(state.timestamp.batch)}: its update has left {len(names)} weights that are not finite, "
+            f"though its gradient was: {some(names)}\n            stopped; nothing of it was saved"
+        )
+
     def _measure(self, state: State) -> _Measured:
         """One pass over this rank's gradients, and one all-reduce of four numbers."""
         losses = torch.stack([seen.loss for seen in self._seen])
@@ -137,7 +155,7 @@ class BadSteps(Callback):  # type: ignore[misc]
         return _Measured(int(losses_sum), gradients_sum > 0, nats / tokens if tokens else None)
 
     def _not_finite(self, state: State, logger: Logger, step: int, found: _Measured) -> None:
-        weights = sorted({name for names in dist.all_gather_object(_bad_weights(state)) for name in names})
+        weights = _all_names(_bad_weights(state))
         if weights:
             problem = f"{len(weights)} weights are not finite before this step"
         elif found.bad_losses:
@@ -280,3 +298,7 @@ class _Decision(Algorithm):  # type: ignore[misc]
 
 def _bad_weights(state: State) -> list[str]:
     return not_finite(state.model.named_parameters())
+
+
+def _all_names(ours: list[str]) -> list[str]:
+    return sorted({name for names in dist.all_gather_object(ours) for name in names})

@@ -86,6 +86,8 @@ class CheckpointSaver(Callback):  # type: ignore[misc]
         self._groups: SaveGroups | None = None
         self._failures = SaveFailures(folder, None, 0)
         self._in_flight: SaveThread | None = None
+        self.before_hooks: list[Callable[[State], None]] = []
+        """All ranks call each before they save; one that raises (on all ranks) says that this state is not saved."""
 
     @property
     def published_hooks(self) -> list[Callable[[Path], None]]:
@@ -245,6 +247,8 @@ class CheckpointSaver(Callback):  # type: ignore[misc]
         return True
 
     def _job(self, state: State, moment: Moment, *, copied: bool) -> SaveJob:
+        for hook in self.before_hooks:
+            hook(state)
         content = state_to_save(state, weights_only=self.weights_only, ignore_keys=self.ignore_keys, on_device=copied)
         job = SaveJob(moment, None, self._failures.last_good)
         assert self._groups is not None

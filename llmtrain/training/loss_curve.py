@@ -1,9 +1,12 @@
 """The loss-curve picture of a run."""
 
 import json
+import math
 from pathlib import Path
 
 TRAIN_LOSS = "loss/train/total"
+SKIPPED = "step/skipped"
+"""1 at a step whose update was not applied."""
 MOST_SOURCES = 6
 """Sources of mixtures that the picture shows; where there are more, metrics.jsonl alone has them."""
 
@@ -36,7 +39,10 @@ def draw_loss_curve(metrics: Path, picture: Path) -> None:
     import matplotlib.pyplot as plt
 
     rows = read_metrics(metrics)
-    train = [(row["step"], row[TRAIN_LOSS]) for row in rows if TRAIN_LOSS in row]
+    logged = [row for row in rows if TRAIN_LOSS in row]
+    # A step that was left out may have any loss; the curve is of the others, and has a mark there.
+    train = [(row["step"], row[TRAIN_LOSS]) for row in logged if math.isfinite(row[TRAIN_LOSS]) and SKIPPED not in row]
+    skipped = [row["step"] for row in rows if SKIPPED in row]
     evals: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         for key, value in row.items():
@@ -50,6 +56,8 @@ def draw_loss_curve(metrics: Path, picture: Path) -> None:
         steps, losses = zip(*train, strict=True)
         axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8, label="train, each step")
         axes.plot(steps, smoothed(list(losses)), color="tab:blue", label="train, smoothed")
+    for i, step in enumerate(skipped):
+        axes.axvline(step, color="tab:red", alpha=0.4, linewidth=0.8, label="no update" if i == 0 else None)
     sources = [label for label in sorted(evals) if label.rpartition("/")[0] in evals]
     for i, label in enumerate(label for label in sorted(evals) if label not in sources):
         steps, losses = zip(*evals[label], strict=True)

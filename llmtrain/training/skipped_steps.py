@@ -103,7 +103,8 @@ def finish(run: Path, checkpoints: Path | None) -> list[str]:
     if not rewind.set_aside:  # the first attempt: what lies there is of an earlier rewind
         shutil.rmtree(place, ignore_errors=True)
     _write(run, [*rewinds[:-1], rewind.model_copy(update={"set_aside": tuple(named)})])
-    place.mkdir(exist_ok=True)
+    if later:
+        place.mkdir(exist_ok=True)
     temporary = checkpoints / f".{LATEST}.rewinding"
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(rewind.checkpoint)
