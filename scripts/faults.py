@@ -1,7 +1,7 @@
 """Runs the fault suite and writes the table of docs/reliability.md: python scripts/faults.py [--keep] [for pytest ...].
 
 Each test injects a fault into a real run of two ranks and measures how long it takes until it is named, and until the
-run goes on. With --keep, faults that are measured already (in runs/faults/) stay in the table, so that a part can be run
+run goes on. With --keep, faults that are measured already (in runs/faults/) stay in the table, so a part can be run
 again; `--keep --collect-only` only writes the table.
 """
 
