@@ -14,7 +14,7 @@ from llmtrain.model.flops import flops_per_token, n_params
 from llmtrain.recipe.batch import batch_plan
 from llmtrain.recipe.load import load_recipe
 from llmtrain.recipe.recipe import Recipe
-from llmtrain.redaction import redact
+from llmtrain.redaction import redact, without_password
 from llmtrain.trust import FLAG, needed
 
 
@@ -65,7 +65,7 @@ def summary(recipe: Recipe) -> list[str]:
         total = steps * tokens_per_step
         work = f", {total * per_token:.3g} FLOPs" if per_token is not None else ""
         lines.append(f"run         {steps:,} steps, {total:,} tokens{work}")
-    saved = recipe.save_folder.replace("{run_name}", recipe.run_name) if recipe.save_folder else None
+    saved = without_password(recipe.save_folder.replace("{run_name}", recipe.run_name)) if recipe.save_folder else None
     lines.append(f"checkpoints {saved or 'none are saved (no save_folder)'}")
     if saved:
         lines[-1] += f", every {recipe.save_interval}; " + ("resumes" if recipe.resumes else "does not resume")

@@ -10,6 +10,9 @@ from llmtrain.errors import UserError
 
 T = TypeVar("T")
 
+after_each_turn: list[Callable[[], None]] = []
+"""Called in long waits whenever the ranks have answered each other: who looks for hangs learns that this is none."""
+
 
 def from_rank_zero(function: Callable[[], T], group: Any = None) -> T:
     """Calls `function` on rank 0 and returns its result on all ranks (a collective call).
@@ -62,6 +65,8 @@ def from_rank_zero_in_turns(function: Callable[[], T], turn: float = 5.0) -> T:
             thread.join(turn)
             ended = [not thread.is_alive()]
         dist.broadcast_object_list(ended)
+        for tell in after_each_turn:
+            tell()
 
     def outcome() -> T:
         if answer[1] is not None:
@@ -117,6 +122,8 @@ def from_all_ranks_in_turns(function: Callable[[], T], turn: float = 5.0) -> lis
     thread.start()
     thread.join(0.2)
     while not all(dist.all_gather_object(not thread.is_alive())):
+        for tell in after_each_turn:
+            tell()
         thread.join(turn)
 
     def outcome() -> T:

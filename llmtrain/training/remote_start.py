@@ -71,7 +71,7 @@ def place_of_checkpoints(recipe: Recipe) -> list[str]:
     try:
         at_the_start(remote.try_out, f"save_folder: {remote}")
     except Unreachable as problem:
-        return [f"save_folder: WARNING: {remote} does not answer: {problem}"]
+        raise UserError(f"save_folder: {remote} does not answer: {problem}") from None
     return [f"save_folder: {remote}: can be written, read and deleted from"]
 
 

@@ -130,6 +130,8 @@ class Uploader:
         Returns:
             Whether everything has arrived.
         """
+        if self._thread.ident is None:  # never started: the run has not come to its first step
+            return True
         began = said = time.monotonic()
         with self._changed:
             self._hurry, self._failures, self._untidy = True, 0, True  # the best one may be another one by now
@@ -235,7 +237,7 @@ class Uploader:
         seconds, size = time.monotonic() - began, _size(path)
         with self._changed:
             if self._times.get(name) == times:  # not written anew meanwhile
-                del self._waiting[name]
+                self._waiting.pop(name, None)
                 self._arrived[name] = moment
             self._refused.discard(name)
             self._replaces.discard(name)
@@ -305,10 +307,10 @@ class Uploader:
             now = time.monotonic()
             if why != self._told[1] or now - self._told[0] > _TOLD_AGAIN:
                 self._told = (now, why)
-                n = len(self._waiting)
+                meanwhile = "The run waits" if self._hurry else "Training goes on"
                 self._say(
-                    f"upload      {self.remote} fails: {why}. Training goes on, and {n} checkpoint(s) stay in "
-                    f"{self.folder}; next attempt in {pause:.0f} s, then again and again"
+                    f"upload      {self.remote} fails: {why}. {meanwhile}, and {len(self._waiting)} checkpoint(s) stay "
+                    f"in {self.folder}; next attempt in {pause:.0f} s, then again and again"
                 )
             self._changed.notify_all()
             deadline, hurry = time.monotonic() + pause, self._hurry

@@ -86,6 +86,11 @@ class Watchdog:
             self._work, self._since = work, time.monotonic()
             self._beat = self._beat.next(phase=phase)
 
+    def turned(self) -> None:
+        """The ranks wait for something slow, and have just answered each other."""
+        with self._lock:
+            self._work, self._since = "other", time.monotonic()
+
     def finished(self, work: Work, seconds: float) -> None:
         """A step (or a batch of an evaluation) took so long."""
         self.limits.finished(work, seconds)

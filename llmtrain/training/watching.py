@@ -11,7 +11,7 @@ from composer.utils import dist
 from llmtrain.hf_model.model import HFCausalLM
 from llmtrain.model.mpt import MPT
 from llmtrain.recipe.recipe import Recipe
-from llmtrain.training.agreement import from_all_ranks, from_rank_zero
+from llmtrain.training.agreement import after_each_turn, from_all_ranks, from_rank_zero
 from llmtrain.training.environment import say
 from llmtrain.training.heartbeat import HEARTBEATS, Heartbeats
 from llmtrain.training.step_limits import FLOOR, FLOOR_COMPILED, StepLimits, Work
@@ -57,6 +57,7 @@ def start(recipe: Recipe) -> Watchdog | None:
         ends=True,
     )
     _current.start()
+    after_each_turn.append(_current.turned)
     return _current
 
 
@@ -64,6 +65,7 @@ def stop() -> None:
     """At the end of a run that went well."""
     global _current
     if _current is not None:
+        after_each_turn.remove(_current.turned)
         _current.stop()
         _current = None
 
