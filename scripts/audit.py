@@ -66,10 +66,8 @@ def main() -> int:
         return 0
     for line in lines:
         print(f"audit       {line}")
-    known_to_it = f"{len(asked) - unknown} of {len(asked)} packages"
-    print(
-        f"audit       {known_to_it} looked up: {len(lines)} finding(s); {len(known)} known ones are ignored, see {IGNORED.name}"
-    )
+    about = f"{len(asked) - unknown} of {len(asked)} packages looked up"
+    print(f"audit       {about}: {len(lines)} finding(s); {len(known)} known are ignored ({IGNORED.name})")
     return 1 if lines else 0
 
 

@@ -159,8 +159,7 @@ def _resolve(document: DictConfig, positions: Positions, problems: list[Problem]
                 )
                 values[key] = written
                 continue
-            if _calls_resolver(written):
-                problems.append(Problem(positions.of(here), here, _NO_RESOLVERS, written))
+            if here in called:
                 values[key] = written
                 continue
             try:
@@ -175,9 +174,27 @@ def _resolve(document: DictConfig, positions: Positions, problems: list[Problem]
                 values[key] = written
         return values if isinstance(raw, dict) else list(values.values())
 
-    data = plain(document, OmegaConf.to_container(document, resolve=False), ())
+    raw = OmegaConf.to_container(document, resolve=False)
+    called = _without_resolvers(document, raw, ())
+    problems += [Problem(positions.of(path), path, _NO_RESOLVERS, written) for path, written in called.items()]
+    data = plain(document, raw, ())
     assert isinstance(data, dict)
     return data
+
+
+def _without_resolvers(node: DictConfig | ListConfig, raw: Any, path: Path) -> dict[Path, str]:
+    """Takes the values that call a resolver out of a document, so that none is called through another key either."""
+    found: dict[Path, str] = {}
+    for key, written in raw.items() if isinstance(raw, dict) else enumerate(raw):
+        here = (*path, str(key))
+        if isinstance(written, (dict, list)):
+            inside = node._get_node(key)
+            if isinstance(inside, (DictConfig, ListConfig)):
+                found |= _without_resolvers(inside, written, here)
+        elif _calls_resolver(written):
+            found[here] = written
+            node[key] = ""
+    return found
 
 
 _SIMPLE = re.compile(r"\$\{[^{}$:]*\}")
