@@ -62,7 +62,7 @@ class OptimizerMonitorConfig(Config):
 
 
 class NaNMonitorConfig(Config):
-    """Stops the run when the loss is not a number."""
+    """Stops the run when the loss is not a number. The recipe's `bad_steps`, which is always on, tells more."""
 
 
 class EarlyStopperConfig(Config):
