@@ -47,6 +47,8 @@ def main(arguments: Sequence[str]) -> int:
         if error.rank is None:
             if speaks:
                 print(f"error: {error}", file=sys.stderr, flush=True)
+            if recipe is not None:
+                _tell_peers(str(error))
             return USER_ERROR
         if recipe is None:
             raise
@@ -58,6 +60,14 @@ def main(arguments: Sequence[str]) -> int:
     from llmtrain.training.failures import report
 
     return report(failure, Path("runs") / recipe.run_name)
+
+
+def _tell_peers(cause: str) -> None:
+    """Where this rank alone has failed, the others wait for it; they say so, and that starting again is pointless."""
+    from llmtrain.training import watching
+
+    if (watchdog := watching.current()) is not None:
+        watchdog.failed(cause, USER_ERROR)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ class Beat:
         failure: what it failed of, itself; empty while it lives.
         code: the exit code that goes with it.
         ended: it left: `finished`, `failed`, or `followed` (another rank had failed).
-        wall: seconds since 1970 on its host, for people; nothing is computed from them.
+        wall: seconds since 1970 on its host, for people; they decide nothing but which of two failures came first.
     """
 
     rank: int
