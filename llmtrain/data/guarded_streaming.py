@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from streaming import Stream, StreamingDataLoader, StreamingDataset
 from streaming.base.constant import BARRIER_FILELOCK, CACHE_FILELOCK, TICK
 from streaming.base.dataset import _Iterator, _ShardState
+from streaming.base.format.base.reader import FileInfo
 from streaming.base.format.mds.reader import MDSReader
 from streaming.base.hashing import get_hash
 from streaming.base.storage.download import CloudDownloader
@@ -124,6 +125,18 @@ class GuardedStream(Stream):  # type: ignore[misc]
         if not self.safe_keep_zip:
             Path(zip_filename).unlink()
 
+    def _prepare_shard_part(
+        self, raw_info: FileInfo, zip_info: FileInfo | None = None, compression: str | None = None
+    ) -> int:
+        """Streaming's, which takes a file that lies here already for whole and sound."""
+        path = Path(self.local) / self.split / raw_info.basename
+        was_here = path.is_file()
+        change: int = super()._prepare_shard_part(raw_info, zip_info, compression)
+        name = self.validate_hash if was_here else None
+        if name in raw_info.hashes and get_hash(name, path.read_bytes()) != raw_info.hashes[name]:
+            raise ValueError(f"Checksum failure: {path}")
+        return change
+
     def _download_file(self, from_basename: str, to_basename: str | None = None) -> str:
         """Fetch a file to the cache, in up to `download_retry` attempts; its path there.
 
@@ -152,7 +165,7 @@ class GuardedStream(Stream):  # type: ignore[misc]
                 reason = without_password(str(problem).strip() or repr(problem))
                 place = f"{self.describe()}: {from_basename}"
                 log.warning("%s: %s; attempt %d of %d", place, reason, attempt + 1, self.download_retry)
-                sleep(min(FIRST_PAUSE * 2 ** (attempt - 1), LONGEST_PAUSE) * random.uniform(0.5, 1))
+                sleep(min(FIRST_PAUSE * 2 ** (attempt - 1), LONGEST_PAUSE) * random.uniform(0.75, 1))
         raise AssertionError("unreachable")
 
     def _leave_connections_to_parent(self) -> None:
@@ -225,6 +238,7 @@ class GuardedDataset(StreamingDataset):  # type: ignore[misc]
         self._prepared: set[int] = set()
         names.give_back_with(self)
         self._use_caches()
+        self._distrust()
 
     def __iter__(self) -> Iterator[Any]:
         """This worker's samples of the next epoch, all of them or an exception."""
@@ -321,6 +335,17 @@ class GuardedDataset(StreamingDataset):  # type: ignore[misc]
         if problems:
             use.end(os.getpid())
             raise UserError(problems[0])
+
+    def _distrust(self) -> None:
+        """Have each shard that lies here already be prepared, too, when it is first needed: its hash is checked then.
+
+        Once on each node and in each run. Not with a cache_limit: only shards that were prepared can be evicted.
+        """
+        if self.cache_limit or not self._unique_rank_world.is_local_leader:
+            return
+        for shard_id in range(self.num_shards):
+            if self._stream(shard_id).validate_hash and self._shard_states[shard_id] == _ShardState.LOCAL:
+                self._shard_states[shard_id] = _ShardState.REMOTE
 
     def _resume(self, world: World, epoch: int) -> tuple[int, int]:
         with closed_afterwards():

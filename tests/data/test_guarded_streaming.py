@@ -95,12 +95,29 @@ def test_the_only_copy_is_never_deleted(loader, folder, kind, workers, as_remote
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_uncompressed_only_copy_that_is_cut_short(loader, folder, workers):
+@pytest.mark.parametrize("kind", ["flipped", "truncated"])
+def test_uncompressed_only_copy_is_looked_at_before_it_is_read(loader, folder, workers, kind):
     only = folder(None)
-    damage("truncated", shard(only))
-    with pytest.raises(ShardError, match=r"shard\.00003\.mds, row \d+, cannot be read"):
+    damage(kind, shard(only))
+    with pytest.raises(ShardError, match=r"shard\.00003\.mds cannot be read: Checksum failure.*copy the data again"):
         n_samples(loader(local=str(only), workers=workers, batch_size=4))
     assert shard(only).exists()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bit_that_flips_in_the_cache_between_two_runs(loader, folder, tmp_path, workers):
+    remote, cache = folder("zstd:1"), tmp_path / "cache"
+    first = loader(remote=str(remote), local=str(cache), batch_size=4)
+    rows = [batch["input_ids"].tolist() for batch in first]
+    assert shard(cache).suffix == ".mds"  # decompressed: Streaming never looks at it again
+    flip(shard(cache))
+    del first
+    again = loader(remote=str(remote), local=str(cache), workers=workers, batch_size=4)
+    if workers == 0:
+        assert [batch["input_ids"].tolist() for batch in again] == rows
+    else:
+        assert n_samples(again) == N
+    assert shard(cache).read_bytes() != shard(remote).read_bytes()
 
 
 def test_second_iteration_over_the_same_dataset_is_noticed(loader, folder):
