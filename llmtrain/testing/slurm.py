@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil  # type: ignore[import-untyped]
+
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
 _SYSTEM = ":/usr/sbin:/sbin"  # where daemons are, which the PATH of a user may lack
 
@@ -130,7 +132,18 @@ class Cluster:
                 daemon.kill()
                 daemon.wait()
         self._daemons.clear()
+        self._kill_what_is_left()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _kill_what_is_left(self) -> None:
+        """Steps whose end nobody has waited for; they are known by the configuration in their environment."""
+        ours = str(self.folder / "slurm.conf")
+        for process in psutil.process_iter():
+            try:
+                if process.pid != os.getpid() and process.environ().get("SLURM_CONF") == ours:
+                    process.kill()
+            except psutil.Error:
+                continue
 
     def _start(self) -> None:
         for name in ("munge", "state", "spool", "log"):
