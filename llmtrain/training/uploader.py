@@ -309,8 +309,8 @@ class Uploader:
                 self._told = (now, why)
                 meanwhile = "The run waits" if self._hurry else "Training goes on"
                 self._say(
-                    f"upload      {self.remote} fails: {why}. {meanwhile}, and {len(self._waiting)} checkpoint(s) stay "
-                    f"in {self.folder}; next attempt in {pause:.0f} s, then again and again"
+                    f"upload      {self.remote} fails: {why.rstrip('.')}. {meanwhile}; what has not arrived "
+                    f"({len(self._waiting)}) stays in {self.folder}. Next attempt in {pause:.0f} s, then again and again"
                 )
             self._changed.notify_all()
             deadline, hurry = time.monotonic() + pause, self._hurry

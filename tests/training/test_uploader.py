@@ -165,7 +165,7 @@ def test_a_store_that_goes_away_is_told_once_and_nothing_is_lost(bucket: Any, up
     fails = [line for line in lines if "fails" in line]
     assert 1 <= len(fails) <= 3  # one for each cause
     assert "Training goes on" in fails[0]
-    assert "next attempt in" in fails[0]
+    assert "Next attempt in" in fails[0]
     proxy.every = 0
     eventually(lambda: "ep0-ba12" in there.complete())
     eventually(lambda: any("works again" in line for line in lines))
