@@ -166,6 +166,7 @@ def _fetch(folder: str, url: str, environment: dict[str, str], apart: bool) -> t
     return problems, sorted(path.name for path in checkpoints.iterdir())
 
 
+@pytest.mark.long
 def test_load_path_in_a_store_is_verified(recipe: Path, corpus: TinyCorpus, bucket: Bucket, tmp_path: Path) -> None:
     environment = {**bucket.environment, "XDG_CACHE_HOME": str(tmp_path / "cache")}
     first = launch(recipe, ["run_name=y", "max_duration=4ba"], ranks=2, cwd=tmp_path, environment=environment)
