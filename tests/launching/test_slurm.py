@@ -157,6 +157,7 @@ def test_ranks_are_told_who_they_are(cluster: Cluster, tmp_path: Path, monkeypat
     assert job.marks() == []
 
 
+@pytest.mark.slow
 def test_preempted_at_once_it_saves_and_comes_back(
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -169,6 +170,7 @@ def test_preempted_at_once_it_saves_and_comes_back(
     assert cluster.job(job.id).restarts == 1
 
 
+@pytest.mark.slow
 def test_preempted_with_a_grace_period_it_comes_back(
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,6 +184,7 @@ def test_preempted_with_a_grace_period_it_comes_back(
     assert cluster.job(job.id).restarts == 1
 
 
+@pytest.mark.slow
 def test_near_the_time_limit_it_saves_and_comes_back(
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -193,6 +196,7 @@ def test_near_the_time_limit_it_saves_and_comes_back(
     assert cluster.job(job.id).restarts == 1
 
 
+@pytest.mark.slow
 def test_a_crash_is_restarted_in_the_same_job(
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -225,6 +229,7 @@ def test_pointless_codes_end_the_job(
     assert job.marks() == []
 
 
+@pytest.mark.slow
 def test_requeues_are_bounded(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = Submitted(cluster, tmp_path, {"do-0": "wait", "do-1": "wait"}, monkeypatch, max_requeues=1)
     for start in (0, 1):
