@@ -310,7 +310,7 @@ class Uploader:
                 meanwhile = "The run waits" if self._hurry else "Training goes on"
                 self._say(
                     f"upload      {self.remote} fails: {why.rstrip('.')}. {meanwhile}; what has not arrived "
-                    f"({len(self._waiting)}) stays in {self.folder}. Next attempt in {pause:.0f} s, then again and again"
+                    f"({len(self._waiting)}) stays in {self.folder}. Next attempt in {pause:.0f} s, and so on"
                 )
             self._changed.notify_all()
             deadline, hurry = time.monotonic() + pause, self._hurry
