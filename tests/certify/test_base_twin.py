@@ -1,4 +1,4 @@
-"""The twin of MPT-7B: killed at 20 random points, and the same bits. With dropout: its random state has to come back."""
+"""The twin of MPT-7B: killed at 20 random points, and the same bits. With dropout, so that the random state matters."""
 
 import json
 from pathlib import Path
