@@ -18,6 +18,8 @@ def why_outside(name: str) -> str | None:
         return "it is empty" if not name else "it has a NUL in it"
     if posix.is_absolute() or windows.drive or windows.root:
         return "it is absolute"
+    if "\\" in name:
+        return "it has a backslash in it"
     if ".." in {*posix.parts, *windows.parts}:
         return "it climbs up"
     size = len(name.encode(errors="replace"))

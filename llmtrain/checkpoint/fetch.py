@@ -19,6 +19,7 @@ from pathlib import Path
 
 from llmtrain.checkpoint import manifest
 from llmtrain.errors import UserError
+from llmtrain.inside import why_outside
 from llmtrain.json_text import parse_json
 
 Get = Callable[[str], Path | None]
@@ -175,7 +176,7 @@ def _named_in(index: Path) -> list[str]:
         names = sorted({str(name) for name in parse_json(index.read_text(encoding="utf-8"))["weight_map"].values()})
     except (ValueError, KeyError, AttributeError, TypeError):
         raise UserError(f"{index}: has no weight_map.") from None
-    if unsafe := [name for name in names if Path(name).name != name]:
+    if unsafe := [name for name in names if why_outside(name) or Path(name).name != name]:
         raise UserError(f"{index}: `{unsafe[0]}` is no name of a file in this folder; refused.")
     return names
 

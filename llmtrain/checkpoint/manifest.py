@@ -223,7 +223,7 @@ def _hash_problem(folder: Path, name: str, entry: FileEntry) -> str | None:
 
 
 def _check_name(folder: Path, name: str) -> None:
-    if why_outside(name) or "\\" in name or name == MANIFEST:
+    if why_outside(name) or name == MANIFEST:
         raise ManifestError(f"{folder / MANIFEST}: `{name}` is no name of a file inside the checkpoint.")
 
 

@@ -11,6 +11,7 @@ from llmtrain.checkpoint.torch_file import open_torch_file
 from llmtrain.checkpoint.torch_file_writer import write_torch_file
 from llmtrain.checkpoint.weights import Joined, Weights
 from llmtrain.errors import UserError
+from llmtrain.inside import why_outside
 from llmtrain.json_text import parse_json
 
 WeightsFormat = Literal["safetensors", "bin"]
@@ -48,7 +49,7 @@ def _weight_files(folder: Path) -> tuple[list[Path], set[str] | None]:
                 raise UserError(f"{folder / index}: has no weight_map.")
             names = sorted({str(name) for name in weight_map.values()})
             for name in names:
-                if Path(name).name != name:
+                if why_outside(name) or Path(name).name != name:
                     raise UserError(f"{folder / index}: `{name}` is no name of a file in this folder; refused.")
                 if not (folder / name).is_file():
                     raise UserError(f"{folder / name}: missing, but named in {index}.")

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 
 from llmtrain.config.positions import COMMAND_LINE, Duplicate, Path, Position, Positions, find_positions
 from llmtrain.config.problems import ConfigError, Problem, explain
+from llmtrain.config.safe_yaml import YAMLMistake
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -49,6 +50,9 @@ def load(
         positions = find_positions(text, source)
         if positions.is_block and not positions.duplicates:
             document = OmegaConf.load(io.StringIO(text))
+    except YAMLMistake as error:
+        text = f"Nested too deeply: {str(error).rpartition(': ')[2]}"
+        raise ConfigError(source, [Problem(Position(source), (), text)]) from None
     except yaml.YAMLError as error:
         raise ConfigError(source, [_syntax_problem(error, source)]) from None
     except OmegaConfBaseException as error:  # an interpolation that is not well-formed

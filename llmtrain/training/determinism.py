@@ -1,7 +1,7 @@
 """`deterministic: true`: each operation gives the same bits each time, or the run ends and names one that cannot.
 
-Without it, the same run on the same CPUs gives the same bits anyway (docs/determinism.md); on GPUs, the backward pass of
-attention and of embeddings adds in the order in which threads come.
+Without it, the same run on the same CPUs gives the same bits anyway; on GPUs, the backward pass of attention and of
+embeddings adds in the order in which threads come. See docs/determinism.md.
 """
 
 import os
