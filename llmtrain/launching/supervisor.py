@@ -201,6 +201,8 @@ class _Supervisor:
         """
         if self.requests.count or death.code is None or death.generation in self.said:
             return
+        if death.code in exit_codes.POINTLESS:  # the rank has said why, and what follows from it comes at the end
+            return
         if death.code < 0 if not self.job.elastic else death.code not in (-signal.SIGTERM, exit_codes.PREEMPTED):
             self.said.add(death.generation)
             say(describe(death, 0, self.job.reached().step, oom_kills() - self.oom_kills))
