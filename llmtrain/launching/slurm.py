@@ -132,7 +132,7 @@ def _directives(plan: LaunchPlan, options: SlurmOptions) -> list[str]:
             raise UserError(f"--sbatch {given}: use {_OURS[key]}")
         wanted[key] = value
     found = {key: value for key, value in wanted.items() if value is not None}
-    if broken := [key for key, value in found.items() if not value.isprintable()]:
+    if broken := [key for key, value in found.items() if not value.isprintable() or "\\" in value]:
         raise UserError(f"{broken[0]}: {found[broken[0]]!r} cannot stand in a line of the script")
     return [f"{key}={shlex.quote(value)}" if value else key for key, value in found.items()]
 
@@ -216,7 +216,8 @@ while :; do
     rm -rf "$MARKS"
     mkdir -p "$MARKS" || finish 2 "$RUN cannot be written"
     export MASTER_PORT=$((20000 + (SLURM_JOB_ID + restarts * 37) % 10000))
-    srun --kill-on-bad-exit=1 bash -c "$RANK_SCRIPT" rank "${TRAIN[@]}" &
+    srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks=$((SLURM_JOB_NUM_NODES * RANKS_PER_NODE)) \
+        --ntasks-per-node="$RANKS_PER_NODE" --kill-on-bad-exit=1 bash -c "$RANK_SCRIPT" rank "${TRAIN[@]}" &
     step=$!
     # A signal interrupts `wait`.
     while wait "$step"; code=$?; kill -0 "$step" 2>/dev/null; do :; done

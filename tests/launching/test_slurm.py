@@ -76,6 +76,7 @@ def test_what_is_asked_of_slurm() -> None:
         ({"sbatch": ("comment=a\n#SBATCH --uid=0",)}, "cannot stand in a line"),
         ({"sbatch": ("what is this",)}, "is not KEY=VALUE"),
         ({"partition": "a\nrm -rf"}, "cannot stand in a line"),
+        ({"sbatch": ("comment=a\\b",)}, "cannot stand in a line"),  # sbatch would drop it
         ({"grace": 0}, "--grace"),
         ({"max_requeues": -1}, "--max-requeues"),
     ],
@@ -110,7 +111,13 @@ class Submitted:
     """
 
     def __init__(
-        self, cluster: Cluster, cwd: Path, todo: dict[str, str], monkeypatch: pytest.MonkeyPatch, **options: object
+        self,
+        cluster: Cluster,
+        cwd: Path,
+        todo: dict[str, str],
+        monkeypatch: pytest.MonkeyPatch,
+        plan: LaunchPlan = PLAN,
+        **options: object,
     ) -> None:
         self.cluster, self.cwd = cluster, cwd
         rank = cwd / "rank"
@@ -121,7 +128,7 @@ class Submitted:
         for key, value in cluster.environment.items():
             monkeypatch.setenv(key, value)
         monkeypatch.chdir(cwd)
-        plan = replace(PLAN, environment={"X": "it's $HOME"}, max_restarts=int(str(options.pop("max_restarts", 3))))
+        plan = replace(plan, environment={"X": "it's $HOME"}, max_restarts=int(str(options.pop("max_restarts", 3))))
         self.id = submit(script(plan, SlurmOptions(**options), python=str(rank)), plan)  # type: ignore[arg-type]
 
     def output(self) -> str:
@@ -155,6 +162,19 @@ def test_ranks_are_told_who_they_are(cluster: Cluster, tmp_path: Path, monkeypat
     assert "X=it's $HOME\n" in job.output()
     assert job.output().endswith("slurm       finished\n")
     assert job.marks() == []
+
+
+def test_an_elastic_job_takes_what_there_is(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    busy = ("sbatch", "-N1", "--exclusive", "-w", cluster.nodes[1], "-o", "/dev/null", "--wrap=sleep 4")
+    cluster.run(*busy, cwd=tmp_path)
+    for nodes in (1, 2):
+        (tmp_path / str(nodes)).mkdir()
+        job = Submitted(cluster, tmp_path / str(nodes), {}, monkeypatch, replace(PLAN, min_nodes=1, gpus_per_node=2))
+        assert job.end() == "COMPLETED", job.output()
+        ranks = 2 * nodes
+        for rank in range(ranks):
+            assert f"rank {rank} of {ranks}, {rank % 2} of 2 on node {rank // 2}, " in job.output()
+        cluster.wait_until(lambda: not cluster.run("squeue", "--noheader"), "an empty queue", 30, job.output)
 
 
 @pytest.mark.slow
