@@ -1,7 +1,9 @@
 """runs/NAME: the one folder that a run leaves."""
 
 import json
+import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +63,8 @@ class MetricsFile(LoggerDestination):  # type: ignore[misc]
         self.folder = folder
         self._enabled = dist.get_global_rank() == 0
         self._pending: dict[str, Any] = {}
+        self._lines: list[str] = []
+        self._told = False
         self._step: int | None = None
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
@@ -112,10 +116,25 @@ class MetricsFile(LoggerDestination):  # type: ignore[misc]
         ]
 
     def _flush(self) -> None:
+        """Writes the step's line; a disk that is full ends no run: lines wait until there is room again."""
         if self._pending:
-            with self.folder.metrics.open("a") as file:
-                file.write(json.dumps({"step": self._step, **self._pending}) + "\n")
+            self._lines.append(json.dumps({"step": self._step, **self._pending}) + "\n")
             self._pending = {}
+        if not self._lines:
+            return
+        size = self.folder.metrics.stat().st_size if self.folder.metrics.exists() else 0
+        try:
+            with self.folder.metrics.open("a") as file:
+                file.writelines(self._lines)
+        except OSError as error:
+            with suppress(OSError):
+                os.truncate(self.folder.metrics, size)  # no half of a line
+            if not self._told:
+                line = f"warning: {self.folder.metrics} cannot be written ({error.strerror}); its lines wait in memory"
+                print(line, file=sys.stderr, flush=True)
+            self._told = True
+            return
+        self._lines, self._told = [], False
 
     def _draw(self) -> None:
         if self._enabled and self.folder.metrics.exists():

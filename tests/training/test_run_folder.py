@@ -89,3 +89,19 @@ def test_smoothing_neither_starts_at_zero_nor_leaves_the_range() -> None:
     assert values[0] == pytest.approx(9.0)
     assert sorted(values, reverse=True) == values
     assert 6.0 < values[-1] < 9.0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has /dev/full")
+def test_a_full_disk_ends_no_run_and_loses_no_line(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    file = MetricsFile(folder)
+    log_run(file, 0, 2, evaluate_every=9)
+    kept = folder.metrics.rename(folder.metrics.with_suffix(".kept"))
+    folder.metrics.symlink_to("/dev/full")
+    log_run(file, 2, 4, evaluate_every=9)  # no picture: who reads /dev/full gets zeros without end
+    assert capsys.readouterr().err.count("No space left on device") == 1
+    kept.replace(folder.metrics)
+    log_run(file, 4, 6, evaluate_every=9)
+    whole = RunFolder(folder.path / "whole")
+    whole.path.mkdir()
+    log_run(MetricsFile(whole), 0, 6, evaluate_every=9)
+    assert folder.metrics.read_text() == whole.metrics.read_text()
