@@ -160,15 +160,28 @@ def test_skips_are_counted_over_resumes_and_bounded(corpus: TinyCorpus, tmp_path
 
 
 @pytest.mark.long
-def test_rewinds_are_bounded_and_without_a_checkpoint_the_step_is_skipped(corpus: TinyCorpus, tmp_path: Path) -> None:
+def test_without_a_checkpoint_to_go_back_to_steps_are_skipped_and_bounded(corpus: TinyCorpus, tmp_path: Path) -> None:
     code = sabotage(tmp_path / "code.py", "loss", 6, last_step=11, factor=4.0)
-    cfg = {"window": 4, "threshold": 30, "max_rewinds": 3, "skip_before": 0, "skip_after": 0}
+    cfg = {"window": 4, "threshold": 30, "max_rewinds": 3}
     stopped = run(corpus, tmp_path, code, bad_steps={"loss_spike": cfg}, save_interval="6ba")
     assert stopped.codes == (3, 3), stopped.output
-    assert "no checkpoint before step 6 to go back to: the step is skipped (1 of 3)" in stopped.output
-    assert "going back to ep0-ba6, leaving out steps 7-7" in stopped.output
-    assert "going back to ep0-ba6, leaving out steps 8-8" in stopped.output
+    for number in (1, 2, 3):  # one spike, of which no step was applied
+        line = f"no checkpoint before step 4 to go back to: the step is skipped ({number} of 3)"
+        assert stopped.output.count(line) == 1
+    assert "step 9: loss 2" in stopped.output
     assert "stopped: 3 spikes of this run were left out before (loss_spike.max_rewinds)" in stopped.output
+
+
+@pytest.mark.long
+def test_rewinds_are_bounded(corpus: TinyCorpus, tmp_path: Path) -> None:
+    code = sabotage(tmp_path / "code.py", "loss", 6, last_step=11, factor=4.0)
+    cfg = {"window": 4, "threshold": 30, "max_rewinds": 2, "skip_before": 0, "skip_after": 0}
+    stopped = run(corpus, tmp_path, code, bad_steps={"loss_spike": cfg}, save_interval="4ba")
+    assert stopped.codes == (3, 3), stopped.output
+    assert "going back to ep0-ba4, leaving out steps 6-6" in stopped.output
+    assert "going back to ep0-ba4, leaving out steps 7-7" in stopped.output
+    assert "step 8: loss 2" in stopped.output
+    assert "stopped: 2 spikes of this run were left out before (loss_spike.max_rewinds)" in stopped.output
 
 
 @pytest.mark.long
@@ -202,3 +215,22 @@ MPT.__init__ = poisoned
     assert "step 1: 1 weights are not finite before this step" in stopped.output
     assert "model.transformer.norm_f.weight" in stopped.output
     assert "there is no checkpoint" in stopped.output
+
+
+@pytest.mark.long
+def test_weights_that_an_update_has_blown_up_are_not_saved(corpus: TinyCorpus, tmp_path: Path) -> None:
+    code = """
+import torch
+from llmtrain.training.bad_steps import BadSteps
+decide = BadSteps.decide
+def blown_up(self, state, logger):
+    decide(self, state, logger)
+    if int(state.timestamp.batch) + 1 == 8:
+        state.optimizers[0].param_groups[0]["lr"] = float("inf")
+BadSteps.decide = blown_up
+"""
+    stopped = run(corpus, tmp_path, code)
+    assert stopped.codes == (3, 3), stopped.output
+    assert "step 8: its update has left" in stopped.output
+    assert (stopped.folder / "checkpoints/latest").resolve().name == "ep0-ba4"
+    assert not (stopped.folder / "checkpoints/ep0-ba8").exists()
