@@ -24,6 +24,10 @@ from llmtrain.recipe.recipe import Recipe
 
 SCHEDULERS = ("local", "torchrun", "slurm", "kubernetes")
 GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
+OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+"""With it ranks meet in a store that is new after each restart. Else they do in torchrun's own, under the number of
+restarts that their host has seen: after a partition, or where a host came back, hosts have seen different numbers, and
+ranks wait for each other at addresses of processes that are gone (torch 2.15; found with two network namespaces)."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +178,7 @@ def _several_hosts(plan: LaunchPlan, recipe: Recipe, options: Options) -> int:
     command = plan.composer(options.node_rank) if composer else plan.torchrun()
     shared = dict(plan.environment)
     if not composer:
-        shared |= {VERDICT: str(_verdict(plan))} | ({ELASTIC: "1"} if plan.is_elastic else {})
+        shared |= {VERDICT: str(_verdict(plan)), OWN_STORE: "1"} | ({ELASTIC: "1"} if plan.is_elastic else {})
     if options.only_print:
         _print_for_all(plan, shared)
         return 0
