@@ -20,6 +20,7 @@ class Certificate:
         changes: what was changed in the recipe.
         versions: of llmtrain and what it stands on; the device.
         kills: in their order, those of the run on the same ranks.
+        resumed: the steps of the checkpoints from which that run went on, start by start; 0 where there was none yet.
         elastic_ranks: numbers of ranks of the elastic run's starts, in their order; empty where there was none.
         elastic_note: why there was none, or what was changed for it.
         compared: what was compared, and how much of it.
@@ -35,6 +36,7 @@ class Certificate:
     changes: tuple[str, ...]
     versions: dict[str, str]
     kills: list[Kill] = field(default_factory=list)
+    resumed: list[int] = field(default_factory=list)
     elastic_ranks: list[int] = field(default_factory=list)
     elastic_note: str | None = None
     compared: dict[str, str] = field(default_factory=dict)

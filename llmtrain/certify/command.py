@@ -99,6 +99,7 @@ def show(console: Console, certificate: Certificate) -> None:
     table.add_row("killed", f"{len(certificate.kills)} times with SIGKILL: {kills or 'never'}")
     alone = sum(kill.rank is not None for kill in certificate.kills)
     table.add_row("", f"{alone} of them one rank alone; {_stages(certificate)}")
+    table.add_row("went on from step", ", ".join(map(str, certificate.resumed)) or "none")
     if certificate.elastic_ranks:
         table.add_row("other ranks", f"{' → '.join(map(str, certificate.elastic_ranks))}, killed between them")
         if certificate.largest_loss_difference is not None:

@@ -142,6 +142,12 @@ class Trial:
                     self.what.steps,
                     evaluates=self.what.evaluates,
                 )
+        if self.options.kills and not any(self.certificate.resumed):
+            self.certificate.problem = (
+                "each kill came before the first checkpoint, so nothing was resumed and nothing is proved: "
+                "give more --kills or --steps, or another --seed."
+            )
+            raise Failed
         self.certificate.compared["steps"] = f"{len(whole)}, and {replayed - len(whole) * number} trained again"
 
     def elastic(self, whole: dict[int, dict[str, Any]]) -> None:
@@ -185,6 +191,8 @@ class Trial:
     def _checked(self, segment: Segment, whole: dict[int, dict[str, Any]], *, elastic: bool = False) -> int:
         """The number of steps that a start of the run made; they are compared at once."""
         if not elastic:
+            if segment.began is not None:
+                self.certificate.resumed.append(segment.began)
             self.certificate.losses.setdefault("killed", []).extend(_losses(segment.rows))
         number = len(self.certificate.kills)
         after = f"after kill {number} ({self.certificate.kills[-1].kind})" if number and not elastic else ""

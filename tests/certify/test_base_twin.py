@@ -16,6 +16,7 @@ def test_twenty_kills_change_nothing(certify: Certify, base_twin: tuple[Any, ...
     assert made.granted, (made.difference, made.problem)
     assert len(made.kills) == 20
     assert set(made.by_kind()) == {"step", "save", "evaluation", "start"}
+    assert any(made.resumed)
     assert made.compared["steps"].startswith("24, and ")
     assert int(made.compared["tensors of the last checkpoint"].split()[0]) >= 14 * 4 + 2
     assert int(made.compared["results of evaluations"]) >= 3 * 4
