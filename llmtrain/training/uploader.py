@@ -20,6 +20,7 @@ LONGEST_AT_THE_END = 10.0
 SILENCE = 20.0
 """Seconds without a byte after which a store is said not to answer; its client gives up later."""
 _TOLD_AGAIN = 600.0  # seconds until a failure that goes on is told once more
+_OTHER_CAUSE = 30.0  # the same where the cause is another one
 _PROGRESS = 10.0  # seconds between lines while a run waits for its uploads
 
 
@@ -305,7 +306,8 @@ class Uploader:
             pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(self._failures - 1, 10)) * random.uniform(0.75, 1)
             pause = min(pause, LONGEST_AT_THE_END) if self._hurry else pause
             now = time.monotonic()
-            if why != self._told[1] or now - self._told[0] > _TOLD_AGAIN:
+            since = now - self._told[0]
+            if not self._told[1] or since > _TOLD_AGAIN or (why != self._told[1] and since > _OTHER_CAUSE):
                 self._told = (now, why)
                 meanwhile = "The run waits" if self._hurry else "Training goes on"
                 self._say(
