@@ -13,7 +13,7 @@ from llmtrain.checkpoint.fetch import _named_in
 from llmtrain.checkpoint.tokenizer_files import _refuse_foreign_link
 from llmtrain.checkpoint.weights_files import open_tensors
 from llmtrain.data.guarded_streaming import GuardedStream
-from llmtrain.data.mds_files import read_index, unpack
+from llmtrain.data.mds_files import Damage, read_index, unpack
 from llmtrain.data.shards import check_names, check_size
 from llmtrain.errors import UserError
 from llmtrain.inside import leads_outside, why_outside
@@ -53,7 +53,7 @@ def test_names_that_lead_outside_are_refused_everywhere(name: str, tmp_path: Pat
     shard |= {"column_names": ["tokens"], "column_encodings": ["bytes"], "column_sizes": [None]}
     shard |= {"raw_data": {"basename": name, "bytes": 99, "hashes": {}}, "zip_data": None}
     (tmp_path / "index.json").write_text(json.dumps({"version": 2, "shards": [shard]}))
-    with pytest.raises(UserError, match="outside of its folder"):
+    with pytest.raises((UserError, Damage), match=r"outside of its folder|at least 1 character"):
         read_index(tmp_path)
 
 

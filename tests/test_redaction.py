@@ -1,3 +1,4 @@
+import io
 import os
 import subprocess
 import sys
@@ -5,7 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from llmtrain.redaction import MASK, redact, redact_arguments, redact_text, without_masked, without_password
+from llmtrain.redaction import (
+    MASK,
+    RedactedStream,
+    redact,
+    redact_arguments,
+    redact_text,
+    without_masked,
+    without_password,
+)
 
 
 @pytest.mark.parametrize(
@@ -60,6 +69,25 @@ def test_arguments_are_judged_by_their_keys() -> None:
     assert redact_arguments(given) == [
         "run.yaml", f"metadata.api_key={MASK}", "max_duration=2ba", f"train_loader.dataset.remote=sftp://{MASK}@h",
     ]  # fmt: skip
+
+
+def test_who_listens_to_what_is_printed_hears_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Composer's file logger and W&B do it."""
+    monkeypatch.setenv("X_TOKEN", "planted-value")
+    below, heard = io.StringIO(), []
+    stream = RedactedStream(below)
+    before = stream.write
+
+    def write(text: str) -> int:
+        heard.append(text)
+        return before(text)
+
+    stream.write = write
+    print("a planted-value b", file=stream)
+    stream.write = before
+    print("c planted-value", file=stream)
+    assert "".join(heard) == "a *** b\n"
+    assert below.getvalue() == "a *** b\nc ***\n"
 
 
 def test_numbers_under_secret_names_are_masked() -> None:

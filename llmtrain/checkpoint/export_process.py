@@ -20,6 +20,7 @@ from typing import Any
 
 from llmtrain.checkpoint.exported_files import RECORD
 from llmtrain.errors import UserError
+from llmtrain.redaction import redact_output
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,7 @@ def _stop(signum: int, frame: FrameType | None) -> None:
 
 def main(path: str) -> int:
     """0: exported. 1: not, as the answer says. 2: the training is gone."""
+    redact_output()
     signal.signal(signal.SIGTERM, _stop)
     request = Request(**json.loads(Path(path).read_text()))
     if sys.platform == "linux":
