@@ -21,6 +21,7 @@ from llmtrain.launching.variables import parse_variables
 from llmtrain.recipe.check import summary
 from llmtrain.recipe.load import load_recipe
 from llmtrain.recipe.recipe import Recipe
+from llmtrain.redaction import redact_arguments
 
 SCHEDULERS = ("local", "torchrun", "slurm", "kubernetes")
 GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
@@ -166,7 +167,7 @@ def _local(plan: LaunchPlan, recipe: Recipe, options: Options) -> int:
     if options.only_print:
         print(shell(command, extra))
         return 0
-    say(shell(command, extra))
+    say(shell(redact_arguments(command), extra))
     return supervise(_job(plan, recipe, options, program(command), inherited(extra)))
 
 
@@ -188,7 +189,7 @@ def _several_hosts(plan: LaunchPlan, recipe: Recipe, options: Options) -> int:
     if not composer:
         extra.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(int(options.grace)))
         command = _with_local_address(plan, command, address)
-    say(f"on this host: {shell(command, extra)}")
+    say(f"on this host: {shell(redact_arguments(command), extra)}")
     if options.nodes > 1:
         say(f"{options.nodes - 1} other host(s): the same llmtrain launch" + (", numbered" if composer else ""))
     job = _job(plan, recipe, options, program(command), inherited(extra))
