@@ -42,6 +42,14 @@ def test_command_runs(command: str, repository: Path) -> None:
     assert done.stdout
 
 
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.split()[1] == "launch"])
+def test_launch_says_what_it_would_run(command: str, repository: Path) -> None:
+    done = llmtrain([*shlex.split(command)[1:], "--print"], repository)
+    assert done.returncode == 0, done.stderr
+    assert "composer" in done.stdout
+    assert "yamls/mpt-tiny.yaml" in done.stdout
+
+
 def test_every_verb_exists(repository: Path) -> None:
     help_text = llmtrain(["--help"], repository).stdout
     for command in COMMANDS:
