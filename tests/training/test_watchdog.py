@@ -234,3 +234,36 @@ def test_a_failure_that_comes_again_gives_its_exit_code_to_all(tmp_path: Path) -
     assert "because rank 1 failed: train_loader: no such shard" in message
     crashed = Seen(beat(1, failure="crash", code=1, ended="failed"), 1.0, "gone")
     assert following(watchdog, crashed, [Seen(beat(0), 0.0, "alive"), crashed])[1] == LOST_CONTACT
+
+
+def launcher_main(folder: str) -> None:
+    os.environ.update(RANK="0", LOCAL_RANK="0")
+    multiprocessing.get_context("fork").Process(target=orphan_main, args=(folder,)).start()
+    time.sleep(120)
+
+
+def orphan_main(folder: str) -> None:
+    run = Path(folder)
+
+    def asked(signum: int, frame: Any) -> None:
+        (run / "asked").touch()
+        os._exit(0)
+
+    signal.signal(signal.SIGTERM, asked)
+    hearts = Heartbeats(run / "heartbeats")
+    Watchdog(hearts, run, StepLimits(None, patience=9), rank=0, world=1, heart_limit=40, ends=True).start()
+    time.sleep(120)
+
+
+def test_a_rank_whose_launcher_was_killed_is_asked_to_save_and_end(tmp_path: Path) -> None:
+    (tmp_path / "heartbeats").mkdir()
+    launcher = multiprocessing.get_context("fork").Process(target=launcher_main, args=(str(tmp_path),))
+    launcher.start()
+    until = time.monotonic() + 30
+    while not (tmp_path / "heartbeats/rank-0").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    launcher.kill()
+    launcher.join()
+    while not (tmp_path / "asked").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert (tmp_path / "asked").exists()
