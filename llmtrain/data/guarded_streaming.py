@@ -33,6 +33,7 @@ from llmtrain.data.mds_files import unpack
 from llmtrain.data.shards import INDEX, check_columns, check_names, check_size
 from llmtrain.data.shared_cache import CacheUse, in_turn
 from llmtrain.data.shared_names import closed_afterwards, gather, memories, own_names
+from llmtrain.data.worker_signals import OutlivesSigterm
 from llmtrain.errors import UserError
 from llmtrain.redaction import without_password
 
@@ -450,7 +451,7 @@ class GuardedDataset(StreamingDataset):  # type: ignore[misc]
         return f"{self._stream(shard_id).describe()}: shard {(packed or raw).basename}"
 
 
-class GuardedLoader(StreamingDataLoader):  # type: ignore[misc]
+class GuardedLoader(OutlivesSigterm, StreamingDataLoader):  # type: ignore[misc]
     """A StreamingDataLoader whose workers' errors are as short as those of the process itself.
 
     Args:

@@ -15,7 +15,6 @@ from llmtrain.data.fixed_rows import FixedRows
 from llmtrain.data.guarded_streaming import GuardedDataset, GuardedLoader, GuardedStream
 from llmtrain.data.shards import prepared_with, require_index
 from llmtrain.data.shared_cache import default_folder
-from llmtrain.data.worker_signals import ignore_others_sigterm
 from llmtrain.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -208,7 +207,6 @@ def build_text_loader(
         prefetch_factor=cfg.prefetch_factor if workers else None,
         persistent_workers=cfg.persistent_workers and workers > 0,
         timeout=cfg.timeout if workers else 0,
-        worker_init_fn=ignore_others_sigterm,
         epoch_batches=epoch_batches,
     )
 

@@ -22,7 +22,7 @@ from llmtrain.data.finetuning.prepare import prepare
 from llmtrain.data.finetuning.sources import open_sources
 from llmtrain.data.finetuning.store import ExampleStore, default_cache_dir
 from llmtrain.data.finetuning.tokenize import ExampleTokenizer
-from llmtrain.data.worker_signals import ignore_others_sigterm
+from llmtrain.data.worker_signals import OutlivesSigterm
 from llmtrain.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-class FinetuningLoader(DataLoader[NumberedRow]):
+class FinetuningLoader(OutlivesSigterm, DataLoader[NumberedRow]):
     """A DataLoader of a `FinetuningDataset`: each iteration is an epoch, or what a resume left of one.
 
     Args:
@@ -63,7 +63,6 @@ class FinetuningLoader(DataLoader[NumberedRow]):
             prefetch_factor=cfg.prefetch_factor if workers else None,
             persistent_workers=cfg.persistent_workers and workers > 0,
             timeout=cfg.timeout if workers else 0,
-            worker_init_fn=ignore_others_sigterm,
             # Each new iterator draws a seed for its workers: not from the model's random numbers.
             generator=torch.Generator(),
         )

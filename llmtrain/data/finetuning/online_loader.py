@@ -20,7 +20,7 @@ from llmtrain.data.finetuning.online import Found, StreamedExamples
 from llmtrain.data.finetuning.packing import OnlinePacker
 from llmtrain.data.finetuning.sources import Source
 from llmtrain.data.finetuning.tokenize_many import Tokenizes
-from llmtrain.data.worker_signals import ignore_others_sigterm
+from llmtrain.data.worker_signals import OutlivesSigterm
 from llmtrain.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class _Windows(DistributedSampler[NDArray[np.int64]]):
         return len(self.dataset.todo)
 
 
-class StreamingLoader(DataLoader[list[Found]]):
+class StreamingLoader(OutlivesSigterm, DataLoader[list[Found]]):
     """Batches of `StreamedExamples`. How many an epoch has is not known before it is over; none is left out.
 
     Args:
@@ -78,7 +78,6 @@ class StreamingLoader(DataLoader[list[Found]]):
             num_workers=cfg.num_workers,
             prefetch_factor=cfg.prefetch_factor if cfg.num_workers else None,
             timeout=cfg.timeout if cfg.num_workers else 0,
-            worker_init_fn=ignore_others_sigterm,
             generator=torch.Generator(),
         )
         self.collate = collate
