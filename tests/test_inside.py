@@ -63,18 +63,22 @@ def test_good_names(name: str) -> None:
     check_names([name], "data")
 
 
-def test_links_out_of_a_checkpoint_are_damage(tmp_path: Path) -> None:
+def test_a_link_in_a_checkpoint_has_to_lead_to_what_the_manifest_says(tmp_path: Path) -> None:
+    """Stores by hash keep files as links: the content is known, or it is damage. Nobody knows a private file's hash."""
     (tmp_path / "private").write_text("secret")
     checkpoint = tmp_path / "checkpoint"
     checkpoint.mkdir()
-    (checkpoint / "full.pt").symlink_to(tmp_path / "private")
-    (checkpoint / "own").write_text("own")
+    for name in ("full.pt", "own"):
+        (checkpoint / name).write_text("public")
     (checkpoint / "alias").symlink_to("own")
     names = ("full.pt", "own", "alias")
     files = {name: manifest.file_entry(checkpoint / name) for name in names}
     manifest.write(checkpoint, kind="full", step=1, tokens=1, files=files, recipe={}, tokenizer_fingerprint=None)
+    assert manifest.verify(checkpoint) == []
+    (checkpoint / "full.pt").unlink()
+    (checkpoint / "full.pt").symlink_to(tmp_path / "private")
     (problem,) = manifest.verify(checkpoint)
-    assert "full.pt: is a link to" in problem
+    assert "full.pt: hash differs" in problem
     (tmp_path / "latest").symlink_to(checkpoint)
     assert not leads_outside(tmp_path / "latest", "alias")
 
