@@ -1,6 +1,7 @@
 """Two hosts on one machine: network namespaces with an address each, joined by a cable that can be pulled.
 
-Each has shared memory (/dev/shm) of its own, too; disks are shared, as a cluster's are. Needs root and `ip`.
+Each has shared memory (/dev/shm) of its own, too, and half of the cores, so that a rank on each computes with as many
+threads as two ranks on this machine do; disks are shared, as a cluster's are. Needs root and `ip`.
 """
 
 import contextlib
@@ -27,15 +28,19 @@ class Host:
         namespace: its name for `ip netns`.
         interface: of its end of the cable.
         address: how the other one reaches it.
+        cores: those of this machine that are its own.
     """
 
     namespace: str
     interface: str
     address: str
+    cores: tuple[int, ...]
 
     def start(self, command: Sequence[str], *, cwd: Path, log: Path, env: Mapping[str, str]) -> "HostProcess":
         """Starts a command there; both of its outputs are appended to `log`."""
-        inside = ["ip", "netns", "exec", self.namespace, "unshare", "--mount", "sh", "-c", _OWN_MEMORY, "host"]
+        cores = ",".join(map(str, self.cores))
+        inside = ["taskset", "--cpu-list", cores, "ip", "netns", "exec", self.namespace]
+        inside += ["unshare", "--mount", "sh", "-c", _OWN_MEMORY, "host"]
         with log.open("a") as output:
             return HostProcess([*inside, *command], cwd, output, env)
 
@@ -104,7 +109,7 @@ def why_not() -> str | None:
     """Why this machine cannot have them; None if it can."""
     if not hasattr(os, "geteuid") or os.geteuid() != 0:
         return "network namespaces need root"
-    if missing := [name for name in ("ip", "unshare", "sh") if shutil.which(name) is None]:
+    if missing := [name for name in ("ip", "unshare", "taskset", "sh") if shutil.which(name) is None]:
         return f"there is no `{missing[0]}`"
     try:
         with two_hosts():
@@ -121,7 +126,10 @@ def two_hosts() -> Iterator[TwoHosts]:
         subprocess.CalledProcessError: this machine does not allow it.
     """
     name = f"llmtrain-{secrets.token_hex(3)}"
-    hosts = [Host(f"{name}-{end}", f"llm{end}", f"10.213.7.{end}") for end in (1, 2)]
+    cores = sorted(os.sched_getaffinity(0))
+    half = max(1, len(cores) // 2)
+    parts = (tuple(cores[:half]), tuple(cores[-half:]))
+    hosts = [Host(f"{name}-{end}", f"llm{end}", f"10.213.7.{end}", parts[end - 1]) for end in (1, 2)]
     first, second = hosts
     try:
         for host in hosts:
