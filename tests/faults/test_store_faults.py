@@ -117,8 +117,10 @@ def test_the_store_is_away_at_the_start(recipe: Any, s3: str, tmp_path: Path) ->
     path, environment, complete = recipe
     with CuttingProxy(int(s3.rpartition(":")[2]), every=1, after=1) as proxy:
         away = {**environment, "S3_ENDPOINT_URL": proxy.url, "LLMTRAIN_STORAGE_ATTEMPTS": "2"}
+        started = Run(path, ranks=2, cwd=tmp_path, environment=away)
+        started.wait_for("importing torch")
         watch = Stopwatch()
-        run = launch(path, ranks=2, cwd=tmp_path, environment=away)
+        run = started.wait()
         assert set(run.codes) == {2}, run.output
         message = next(line for line in run.output.splitlines() if "does not answer" in line)
         observe(
