@@ -310,12 +310,12 @@ def test_sigterm_while_something_is_in_flight(during: str, corpus: TinyCorpus, t
         "Block.forward = slowly\n",
         "save": "import time\n"
         "from llmtrain.checkpoint import manifest\n"
-        "entry = manifest.file_entry\n"
-        "def slowly(path):\n"
+        "write = manifest.write\n"
+        "def slowly(*args, **kwargs):\n"
         "    print('in a save', flush=True)\n"
-        "    time.sleep(1)\n"
-        "    return entry(path)\n"
-        "manifest.file_entry = slowly\n",
+        "    time.sleep(2)\n"
+        "    return write(*args, **kwargs)\n"
+        "manifest.write = slowly\n",
     }[during]
     data = {"name": "text", "dataset": {"local": str(corpus.val), "num_canonical_nodes": 2}, "num_workers": 0}
     recipe = with_code(
