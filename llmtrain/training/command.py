@@ -9,7 +9,7 @@ from llmtrain.errors import UserError
 from llmtrain.launching.node_rank import complete_environment
 from llmtrain.redaction import redact_output
 from llmtrain.training.exit_codes import USER_ERROR
-from llmtrain.trust import take_flag
+from llmtrain.trust import require_all, take_flag
 
 USAGE = "usage: composer [-n RANKS] train.py RECIPE.yaml [--trust-code] [key=value ...]"
 
@@ -34,7 +34,9 @@ def main(arguments: Sequence[str]) -> int:
             print(f"start       {arguments[0]}: importing torch and Composer", file=sys.stderr, flush=True)
         from llmtrain.recipe.load import load_recipe
 
-        recipe = load_recipe(arguments[0], arguments[1:])
+        loaded = load_recipe(arguments[0], arguments[1:])
+        require_all(loaded.model_dump(mode="json"))
+        recipe = loaded  # from here on ranks may differ in what goes wrong
 
         from llmtrain.training import watching
         from llmtrain.training.train import train

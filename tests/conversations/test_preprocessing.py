@@ -116,6 +116,7 @@ def test_identity_is_stable_and_follows_the_file(beside_the_recipe):
 @pytest.mark.parametrize("made", ["Reader()", "functools.partial(Reader.read, None)"])
 def test_identity_follows_the_file_of_what_is_no_plain_function(tmp_path, monkeypatch, made):
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("LLMTRAIN_TRUST_CODE", "1")
     name = f"reader_{len(made)}"
     file = tmp_path / f"{name}.py"
     code = "import functools\nclass Reader:\n    def read(self, row): return row\n    __call__ = read\n"
