@@ -79,7 +79,8 @@ def tokenizer_of(checkpoint: Path, recipe: Path | None) -> TokenizerConfig | Non
     if named is not None and recipe is None and named.kwargs.get("trust_remote_code") and not trusted():
         raise UserError(
             f"{checkpoint}: the recipe that came with it wants the tokenizer {named.name!r} opened with its own Python "
-            f"code (tokenizer.kwargs.trust_remote_code). If you have read that code and trust it: {FLAG}. Or name another: --recipe x.yaml"
+            f"code (tokenizer.kwargs.trust_remote_code). If you have read that code and trust it: {FLAG}. Or name "
+            "another: --recipe x.yaml"
         )
     return named
 
