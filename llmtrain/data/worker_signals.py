@@ -18,7 +18,7 @@ class OutlivesSigterm:
     """For a `DataLoader`, before it in the list of bases: of all SIGTERMs, only the rank's own one ends a worker."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs, worker_init_fn=_answer_the_rank)
+        super().__init__(*args, **kwargs, worker_init_fn=_answer_the_rank)  # type: ignore[call-arg]
 
     def _get_iterator(self) -> Any:
         # A worker starts threads before it calls worker_init_fn, and each would take the signal. So it is blocked
