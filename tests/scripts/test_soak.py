@@ -70,6 +70,7 @@ def run_soak(soak: ModuleType, out: Path, *arguments: str) -> tuple[int, dict[st
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.gloo_training
 def test_a_short_soak(soak: ModuleType, tmp_path: Path) -> None:
     """Files, threads, segments and processes do not grow; memory still warms up, so only a step's batch is too much."""
