@@ -553,6 +553,9 @@ def certify(
     trust_code: TrustCode = False,
 ) -> None:
     """Prove that a run which is killed and resumed is the run that was not: kills it at random and compares bits."""
+    from llmtrain.certify.processes import preload
+
+    preload(at_once=True)  # while this process imports the same
     from llmtrain.certify.command import certify_command
 
     certificate = certify_command(

@@ -14,12 +14,19 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from multiprocessing import forkserver
 from pathlib import Path
 
 
-def preload() -> None:
-    """Has the fork server import Composer and llmtrain once, which takes longer than a tiny run."""
+def preload(*, at_once: bool = False) -> None:
+    """Has the fork server import Composer and llmtrain once, which takes longer than a tiny run.
+
+    Args:
+        at_once: start the server now, and not with the first process.
+    """
     multiprocessing.get_context("forkserver").set_forkserver_preload(["llmtrain.certify.preloaded"])
+    if at_once:
+        forkserver.ensure_running()
 
 
 def as_if_launched() -> None:
