@@ -1,6 +1,7 @@
 """What a user may do wrong, and where the runs go."""
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,7 @@ def test_the_users_files_are_reached_and_the_users_runs_are_not_touched(tmp_path
     with workspace(user, keep=True) as kept:
         pass
     assert kept.runs.is_dir()
+    shutil.rmtree(kept.folder)
 
 
 def test_paths_that_lead_out_of_the_working_directory_stay_what_they_are(
