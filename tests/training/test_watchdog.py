@@ -172,6 +172,7 @@ def ended(ranks: list[Any], folder: Path, timeout: float = 60.0) -> str:
     return (folder / "log").read_text() if (folder / "log").exists() else ""
 
 
+@pytest.mark.slow
 def test_a_rank_in_user_code_is_named_and_all_end(tmp_path: Path) -> None:
     ranks = run_ranks(tmp_path, "user", limit=7)
     log = ended(ranks, tmp_path)
@@ -186,6 +187,7 @@ def test_a_rank_in_user_code_is_named_and_all_end(tmp_path: Path) -> None:
     assert "error (rank 1" in (tmp_path / "hang/report.txt").read_text()
 
 
+@pytest.mark.long  # tests/faults does it to a real run
 def test_a_rank_that_is_stopped_is_named(tmp_path: Path) -> None:
     ranks = run_ranks(tmp_path, "hang", heart_limit=8)
     time.sleep(1)
@@ -198,7 +200,8 @@ def test_a_rank_that_is_stopped_is_named(tmp_path: Path) -> None:
     assert "SIGSTOP" in log
 
 
-@pytest.mark.parametrize("signum", [signal.SIGSTOP, signal.SIGKILL])
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGSTOP, pytest.param(signal.SIGKILL, marks=pytest.mark.long)])
 def test_ranks_that_were_stopped_for_a_while_go_on(tmp_path: Path, signum: signal.Signals) -> None:
     """All of them, as when a laptop sleeps; and one that is really gone is a reason to end."""
     ranks = run_ranks(tmp_path, "runs" if signum == signal.SIGSTOP else "hang", limit=6)
@@ -218,6 +221,7 @@ def test_ranks_that_were_stopped_for_a_while_go_on(tmp_path: Path, signum: signa
         assert log.count("error (") == 1
 
 
+@pytest.mark.slow
 def test_a_peer_that_failed_ends_a_rank_that_cannot_notice(tmp_path: Path) -> None:
     """As with NCCL, whose calls do not return when a peer is gone."""
     ranks = run_ranks(tmp_path, "fails", world=3)
