@@ -9,6 +9,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
 from typing import Any
 
 _CAN_SEE_SENDERS = hasattr(signal, "sigwaitinfo")  # not on macOS
@@ -33,6 +34,8 @@ def _sigterm_blocked() -> Iterator[None]:
     if not _CAN_SEE_SENDERS:
         yield
         return
+    # Python unblocks the signal in the thread that starts this helper: here, or in a worker that makes shared memory.
+    resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         yield

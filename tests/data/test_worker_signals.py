@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,37 @@ def test_no_thread_of_a_worker_takes_the_signal() -> None:
             free.append(task.name)
     assert len(free) <= 1, free  # the one that waits for it
     del batches
+
+
+MAKES_SHARED_MEMORY = """
+import os
+from multiprocessing.shared_memory import SharedMemory
+from pathlib import Path
+from torch.utils.data import DataLoader
+from llmtrain.data.worker_signals import OutlivesSigterm
+
+class Numbers(list):
+    def __getitem__(self, index):
+        memory = SharedMemory(create=True, size=8)
+        memory.close()
+        memory.unlink()
+        return index
+
+class Loader(OutlivesSigterm, DataLoader):
+    pass
+
+batches = iter(Loader(Numbers(range(200)), num_workers=1))
+next(batches)
+status = Path(f"/proc/{batches._workers[0].pid}/status").read_text()
+print(next(line for line in status.splitlines() if line.startswith("SigBlk")), flush=True)
+os._exit(0)
+"""
+
+
+def test_a_worker_that_makes_shared_memory_outlives_it_too() -> None:
+    """Streaming does. Python then starts a helper, unless there is one, and unblocks SIGTERM after that."""
+    done = subprocess.run([sys.executable, "-c", MAKES_SHARED_MEMORY], capture_output=True, text=True, check=True)
+    assert int(done.stdout.split()[1], 16) >> (signal.SIGTERM - 1) & 1
 
 
 def test_the_rank_itself_takes_it() -> None:
