@@ -175,7 +175,7 @@ class TestS3:
         with pytest.raises(UserError, match=r"did not arrive as it was sent: tokenizer\.json has another hash"):
             push(export, f"s3://{bucket}/m")
         # Where a bucket encrypts with keys of its own, no tag is an MD5.
-        monkeypatch.setattr(push_module, "_same", lambda file, stored: False)
+        monkeypatch.setattr(push_module, "same_content", lambda file, stored: False)
         assert "not all MD5s are known" in str(push(export, f"s3://{bucket}/m"))
 
     def test_what_is_there_already_is_not_sent_again(

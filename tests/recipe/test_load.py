@@ -68,19 +68,21 @@ def test_mistakes_in_spread_values_point_at_the_knob(write) -> None:
 
 
 def test_loading_is_light(write) -> None:
-    """No torch, no composer, no transformers; under a second, the interpreter's own start included."""
+    """No torch, no composer, no transformers; few times the CPU of importing what every recipe needs, on any machine."""
     program = (
         "import sys, time\n"
+        "import omegaconf, pydantic, yaml\n"
+        "needed = time.process_time()\n"  # the interpreter's own start included
         "from llmtrain.recipe.check import check\n"
         "from llmtrain.recipe.schema import json_schema\n"
         "check(sys.argv[1]); json_schema(); seconds = time.process_time()\n"
         "heavy = {'torch', 'composer', 'streaming', 'transformers', 'numpy'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
-        "print(seconds)"
+        "print(seconds / needed)"
     )
     done = subprocess.run([sys.executable, "-c", program, str(write())], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 1.0  # of CPU; about 0.5
+    assert float(done.stdout) < 6.0  # about 3.2
 
 
 def test_packed_examples_are_kept_apart_without_being_asked(write) -> None:

@@ -77,7 +77,12 @@ TRAIN_KEYS = [
     "eval_gauntlet",
     "icl_subset_num_batches",
     "icl_seq_len",
-    "best_checkpoint",  # llmtrain's own
+    "best_checkpoint",  # llmtrain's own, as those below
+    "bad_steps",
+    "watchdog",
+    "deterministic",
+    "save_async",
+    "save_keep_every",
 ]
 LATER_KEYS = [
     "tp_config",
