@@ -68,7 +68,7 @@ def test_mistakes_in_spread_values_point_at_the_knob(write) -> None:
 
 
 def test_loading_is_light(write) -> None:
-    """No torch, no composer, no transformers; few times the CPU of importing what every recipe needs, on any machine."""
+    """No torch, no composer, no transformers; few times the CPU of importing what each recipe needs."""
     program = (
         "import sys, time\n"
         "import omegaconf, pydantic, yaml\n"
