@@ -74,7 +74,7 @@ def lie(certify: Certify, base_twin: tuple[Any, ...], tmp_path: Path, monkeypatc
     ("code", "keys"),
     [
         (RANDOM_STATE_IS_LOST, ("random state of rank 0",)),
-        (DATA_MOVES_BY_ONE, ("samples of rank 0",)),
+        pytest.param(DATA_MOVES_BY_ONE, ("samples of rank 0",), marks=pytest.mark.long),
         (A_BIT_FLIPS, ("loss/train/total", "state.model.")),
     ],
 )

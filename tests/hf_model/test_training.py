@@ -48,10 +48,15 @@ def run(recipe: Path, *overrides: str, ranks: int) -> Finished:
     [
         ("qwen3", {}, {}),  # tied; rank 1 starts on meta, without the frequencies of its rotary embedding
         ("gpt_neox", {}, {"fsdp_config": {"sharding_strategy": "SHARD_GRAD_OP", "activation_checkpointing": True}}),
-        ("gemma2", {"init_device": "cpu"}, {}),  # capped logits, tied
+        pytest.param("gemma2", {"init_device": "cpu"}, {}, marks=pytest.mark.long),  # capped logits, tied
         ("llama", {"peft_config": LORA}, {"fsdp_config": {"activation_checkpointing": True}}),
-        ("llama", {"peft_config": LORA, "frozen_dtype": "bfloat16"}, {}),
-        ("llama", {"peft_config": {**LORA, "modules_to_save": ["embed_tokens", "lm_head"]}}, {}),
+        pytest.param("llama", {"peft_config": LORA, "frozen_dtype": "bfloat16"}, {}, marks=pytest.mark.long),
+        pytest.param(
+            "llama",
+            {"peft_config": {**LORA, "modules_to_save": ["embed_tokens", "lm_head"]}},
+            {},
+            marks=pytest.mark.long,
+        ),
     ],
     ids=["qwen3", "gpt_neox", "gemma2", "lora", "lora-bf16", "lora-whole-layers"],
 )
