@@ -13,4 +13,4 @@ def parse_json(text: str | bytes) -> Any:
     try:
         return json.loads(text)
     except RecursionError:
-        raise ValueError("brackets inside brackets, too deep to be read") from None
+        raise ValueError("nested too deeply") from None

@@ -91,7 +91,7 @@ def test_a_killed_run_continues_bit_for_bit(
     recipe = recipe_of(tmp_path / "whole.yaml", corpus, "llama", model, fsdp_config=fsdp)
     whole = run(recipe, ranks=2)
     killed = Run(recipe, ["run_name=killed"], ranks=2, cwd=tmp_path)
-    killed.wait_for("step 4 ")
+    killed.wait_for("checkpoints/ep0-ba3 ")  # written beside the steps that follow
     killed.send(signal.SIGKILL)
     killed.wait()
     again = run(recipe, "run_name=killed", ranks=2)

@@ -150,7 +150,8 @@ SLOPES = tuple(alibi.slopes(6))
 def test_whole_rows(n_queries: int, kv_heads: int, who: dict[str, Any]) -> None:
     assert_same(*qkv(6, kv_heads, n_queries, 33), **who)
     (call,) = CALLS
-    assert call == {"heads": 6, "window_size": (who["window"], 0) if "window" in who else (-1, -1), "dropout_p": 0.0}
+    window_size = (who["window"], 0) if "window" in who else (-1, -1)
+    assert call == {"heads": 6, "window_size": window_size, "dropout_p": 0.0, "deterministic": False}
 
 
 @settings(max_examples=30, deadline=None)
