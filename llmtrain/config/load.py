@@ -1,7 +1,6 @@
 """A YAML file and `key=value` overrides become one validated config, or one readable list of mistakes."""
 
 import io
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path as FilePath
 from typing import Any, TypeVar
@@ -15,9 +14,10 @@ from omegaconf.errors import (
 )
 from pydantic import BaseModel, ValidationError
 
+from llmtrain.config.interpolations import NO_RESOLVERS, Budget, without_resolvers
 from llmtrain.config.positions import COMMAND_LINE, Duplicate, Path, Position, Positions, find_positions
 from llmtrain.config.problems import ConfigError, Problem, explain
-from llmtrain.config.safe_yaml import YAMLMistake
+from llmtrain.config.safe_yaml import NOT_A_VALUE, YAMLMistake
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -50,16 +50,22 @@ def load(
         positions = find_positions(text, source)
         if positions.is_block and not positions.duplicates:
             document = OmegaConf.load(io.StringIO(text))
-    except YAMLMistake as error:
-        text = f"Nested too deeply: {str(error).rpartition(': ')[2]}"
-        raise ConfigError(source, [Problem(Position(source), (), text)]) from None
+    except YAMLMistake as error:  # with its place
+        place, _, text = str(error).rpartition(": ")
+        line = place.rpartition(":")[2]
+        position = Position(source, int(line) if line.isdigit() else None)
+        text = f"Nested too deeply: {text}" if text.startswith("nested") else f"{text[:1].upper()}{text[1:]}"
+        raise ConfigError(source, [Problem(position, (), text)]) from None
     except yaml.YAMLError as error:
         raise ConfigError(source, [_syntax_problem(error, source)]) from None
     except OmegaConfBaseException as error:  # an interpolation that is not well-formed
         where = _split(str(error.full_key or ""))
         raise ConfigError(source, [Problem(positions.of(where), where, _interpolation_text(error))]) from None
-    except ValueError as error:
-        raise ConfigError(source, [Problem(Position(source), (), str(error))]) from None
+    except NOT_A_VALUE as error:
+        text = (
+            str(error) if isinstance(error, ValueError) else f"Not valid YAML: a value is none of its kind ({error})."
+        )
+        raise ConfigError(source, [Problem(Position(source), (), text)]) from None
     except RecursionError:
         text = "Nested too deeply, or an alias that holds itself."
         raise ConfigError(source, [Problem(Position(source), (), text)]) from None
@@ -170,7 +176,7 @@ def _resolve(document: DictConfig, positions: Positions, problems: list[Problem]
                 value = node[key]
                 if OmegaConf.is_config(value):
                     inside = OmegaConf.is_interpolation(node, key)
-                    values[key] = OmegaConf.to_container(value, resolve=True) if inside else plain(value, written, here)
+                    values[key] = budget.plain(value) if inside else plain(value, written, here)
                 else:
                     values[key] = value
             except (OmegaConfBaseException, RecursionError) as error:
@@ -179,45 +185,16 @@ def _resolve(document: DictConfig, positions: Positions, problems: list[Problem]
         return values if isinstance(raw, dict) else list(values.values())
 
     raw = OmegaConf.to_container(document, resolve=False)
-    called = _without_resolvers(document, raw, ())
-    problems += [Problem(positions.of(path), path, _NO_RESOLVERS, written) for path, written in called.items()]
-    data = plain(document, raw, ())
+    called = without_resolvers(document, raw, ())
+    problems += [Problem(positions.of(path), path, NO_RESOLVERS, written) for path, written in called.items()]
+    budget = Budget()
+    with budget.watch():
+        data = plain(document, raw, ())
+    if budget.is_spent:  # one mistake, though each value after it could not be resolved either
+        text = "Its interpolations (`${key}`) unfold to more than a recipe can be."
+        raise ConfigError(positions.source, [Problem(Position(positions.source), (), text)])
     assert isinstance(data, dict)
     return data
-
-
-def _without_resolvers(node: DictConfig | ListConfig, raw: Any, path: Path) -> dict[Path, str]:
-    """Takes the values that call a resolver out of a document, so that none is called through another key either."""
-    found: dict[Path, str] = {}
-    for key, written in raw.items() if isinstance(raw, dict) else enumerate(raw):
-        here = (*path, str(key))
-        if isinstance(written, (dict, list)):
-            inside = node._get_node(key)
-            if isinstance(inside, (DictConfig, ListConfig)):
-                found |= _without_resolvers(inside, written, here)
-        elif _calls_resolver(written):
-            found[here] = written
-            node[key] = ""
-    return found
-
-
-_SIMPLE = re.compile(r"\$\{[^{}$:]*\}")
-
-
-def _calls_resolver(text: object) -> bool:
-    """Whether text holds `${name:...}`, which calls a function, rather than `${key}`, which takes a value."""
-    if not isinstance(text, str) or "${" not in text:
-        return False
-    text = text.replace("\\\\", "").replace("\\${", "")  # escaped: the text itself
-    while _SIMPLE.search(text):
-        text = _SIMPLE.sub("", text)
-    return "${" in text and ":" in text
-
-
-_NO_RESOLVERS = (
-    "Recipes know `${key}` only. They do not read the environment (`${oc.env:...}`), because it holds secrets and"
-    " recipes are logged and stored with checkpoints: pass the value on the command line, `key=value`."
-)
 
 
 def _interpolation_text(error: BaseException) -> str:

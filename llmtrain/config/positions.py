@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import yaml
 
-from llmtrain.config.safe_yaml import refuse_depth
+from llmtrain.config.safe_yaml import refuse_depth, refuse_scalar
 
 Path = tuple[str, ...]
 """Keys from the root of the document; list positions are written as their number."""
@@ -46,6 +46,8 @@ class Positions:
     duplicates: list[Duplicate] = field(default_factory=list)
     is_block: bool = True
     """Whether the document is a block of keys (or empty)."""
+    visited: int = 0
+    """Values that were looked at, once for each place where an alias puts them."""
 
     def of(self, path: Path) -> Position:
         """The position of `path`, or of the nearest block around it that was written."""
@@ -76,7 +78,7 @@ def find_positions(text: str, source: str) -> Positions:
 
     Raises:
         yaml.YAMLError: The text is not YAML; the error carries the line.
-        UserError: It is nested too deeply.
+        UserError: It is nested too deeply, or a value is longer than any of its kind.
         ValueError: The document unfolds to more than `MAX_NODES` values.
     """
     positions = Positions(source)
@@ -84,14 +86,16 @@ def find_positions(text: str, source: str) -> Positions:
     root = yaml.compose(text, Loader=yaml.SafeLoader)
     if root is not None:
         positions.is_block = isinstance(root, yaml.MappingNode)
-        for count, (path, line) in enumerate(_walk(root, (), positions)):
-            if count > MAX_NODES:
-                raise ValueError(f"It unfolds to more than {MAX_NODES:,} values. Use fewer aliases (`*name`).")
+        for path, line in _walk(root, (), positions):
             positions.by_path.setdefault(path, Position(source, line))
     return positions
 
 
 def _walk(node: yaml.Node, path: Path, positions: Positions) -> Iterator[tuple[Path, int]]:
+    positions.visited += 1  # here and not by what is yielded: merged blocks may be empty
+    if positions.visited > MAX_NODES:
+        raise ValueError(f"It unfolds to more than {MAX_NODES:,} values. Use fewer aliases (`*name`).")
+    refuse_scalar(node, positions.source)
     if isinstance(node, yaml.MappingNode):
         merged = []
         seen: dict[str, int] = {}

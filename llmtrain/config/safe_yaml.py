@@ -17,6 +17,12 @@ MAX_NODES = 200_000
 """Values that a document may unfold to: a few lines of nested aliases (`*name`) make billions."""
 MAX_DEPTH = 100
 """Blocks inside blocks."""
+LONGEST_NUMBER = 100
+"""Characters. Python's time for a number grows with the square of its length, and `1:1:1` is one, too."""
+LONGEST_INTERPOLATION, MAX_INTERPOLATIONS = 10_000, 100
+"""Characters of text with `${`, and how often it may stand there: its grammar is read slowly, and by recursion."""
+NOT_A_VALUE = (ValueError, ArithmeticError, AttributeError, KeyError, TypeError)
+"""What PyYAML raises for text that has a tag of something else: `!!bool maybe`, a date that is none."""
 
 
 class YAMLMistake(UserError):
@@ -57,13 +63,14 @@ def parse_yaml(text: str, source: str) -> Any:
     """
     root = parse_tree(text, source)
     for node in unfolded(root, source):
+        refuse_scalar(node, source)
         if isinstance(node, yaml.MappingNode):
             _refuse_twice(node, source)
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:  # a tag, or a key that cannot be one
         raise YAMLMistake(syntax(error, source)) from None
-    except (ValueError, RecursionError) as error:  # a date that is none
+    except (*NOT_A_VALUE, RecursionError) as error:
         raise YAMLMistake(f"{source}: not valid YAML: {error}") from None
 
 
@@ -120,6 +127,22 @@ def unfolded(root: yaml.Node | None, source: str) -> Iterator[yaml.Node]:
             waiting += [part for pair in node.value for part in pair]
         elif isinstance(node, yaml.SequenceNode):
             waiting += node.value
+
+
+def refuse_scalar(node: yaml.Node, source: str) -> None:
+    """Refuse a value that takes minutes to read.
+
+    Raises:
+        YAMLMistake: it is a number of too many digits, or text of too many interpolations.
+    """
+    if not isinstance(node, yaml.ScalarNode):
+        return
+    line, length = node.start_mark.line + 1, len(node.value)
+    if length > LONGEST_NUMBER and node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float"):
+        raise YAMLMistake(f"{source}:{line}: a number of {length:,} characters.")
+    count = node.value.count("${")
+    if count > MAX_INTERPOLATIONS or (count and length > LONGEST_INTERPOLATION):
+        raise YAMLMistake(f"{source}:{line}: {count:,} interpolations (`${{`) in {length:,} characters of text.")
 
 
 def _refuse_twice(node: yaml.MappingNode, source: str) -> None:

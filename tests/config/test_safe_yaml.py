@@ -1,14 +1,33 @@
 """YAML that others wrote: limits, and one message with the line."""
 
+import contextlib
+import time
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel, ConfigDict
 
 from llmtrain.config.load import load
 from llmtrain.config.safe_yaml import MAX_BYTES, YAMLMistake, parse_yaml, read_yaml
 from llmtrain.errors import UserError
 from llmtrain.recipe.recipe import Recipe
 
+
+class Anything(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+
+def bomb(first: str, begin: str, each: str, between: str, end: str) -> str:
+    """Nine lines, each with ten of the line before (`OLD`): 10^9 values."""
+    lines = [f"NEW: {begin}{between.join([each] * 10)}{end}".replace("OLD", f"a{n - 1}") for n in range(1, 9)]
+    numbered = [line.replace("NEW", f"a{n}").replace("#", str(n)) for n, line in enumerate(lines, start=1)]
+    return "\n".join([f"a0: {first}", *numbered, ""])
+
+
+LISTS = bomb("[x]", "[", '"${OLD}"', ", ", "]")
+TEXTS = bomb("lol", "", "${OLD}", "", "")
+BLOCKS = bomb("{b: 1}", "{b: [", '"${OLD}"', ", ", "]}")
+MERGED = bomb("&a0 {}", "&a#\n  <<: [", "*OLD", ", ", "]")
 LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{chr(98 + n)}: &{chr(98 + n)} [{', '.join(['*' + chr(97 + n)] * 10)}]\n" for n in range(8)
 )
@@ -48,6 +67,55 @@ def test_what_is_read(tmp_path: Path) -> None:
         read_yaml(file)
     with pytest.raises(YAMLMistake, match="cannot be read"):
         read_yaml(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (LISTS, "unfold to more than a recipe can be"),
+        (TEXTS, "unfold to more than a recipe can be"),
+        (BLOCKS, "unfold to more than a recipe can be"),
+        (MERGED, "unfolds to more than 10,000 values"),
+        ("a: '" + "${" * 20_000 + "}" * 20_000 + "'\n", r"x\.yaml:1: 20,000 interpolations"),
+        ("a: 1\nb: 1" + ":1" * 100_000 + "\n", r"x\.yaml:2: A number of 200,001 characters"),
+        ("a: 0x" + "f" * 10_000 + "\n", "A number of 10,002 characters"),
+        ("a: !!bool maybe\n", "a value is none of its kind"),
+        ("a: !!timestamp maybe\n", "a value is none of its kind"),
+    ],
+    ids=["lists", "texts", "blocks", "merged", "nested", "base 60", "base 16", "bool", "time"],
+)
+def test_recipes_that_would_take_minutes_and_memory(text: str, message: str, tmp_path: Path) -> None:
+    """Interpolations are aliases of another kind: OmegaConf follows them without a limit."""
+    file = tmp_path / "x.yaml"
+    file.write_text(text)
+    started = time.process_time()
+    with pytest.raises(UserError, match=message) as caught:
+        load(file, Recipe)
+    assert time.process_time() - started < 5
+    assert len(str(caught.value)) < 5000
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: 1" + ":1" * 100_000,
+        "a: " + "9" * 5000,
+        "a: !!bool maybe",
+        "a: !!timestamp maybe",
+        "a: 1" + ":1" * 40 + ".5e9",
+    ],
+)
+def test_values_that_are_none(text: str) -> None:
+    with contextlib.suppress(YAMLMistake):
+        parse_yaml(text, "x.yaml")
+
+
+def test_interpolations_that_are_no_bomb(tmp_path: Path) -> None:
+    file = tmp_path / "x.yaml"
+    file.write_text("a: {b: [1, '${c}'], d: '${..c}-${c}'}\nc: x\ne: ${a}\nf: ${e.b}\ng: '${a.${h}}'\nh: d\n")
+    data = load(file, Anything).model_dump()
+    assert data["e"] == data["a"] == {"b": [1, "x"], "d": "x-x"}
+    assert (data["f"], data["g"]) == ([1, "x"], "x-x")
 
 
 @pytest.mark.parametrize(
