@@ -14,8 +14,8 @@ def why_outside(name: str) -> str | None:
     Both kinds of slashes count, so that what is refused does not depend on who reads it.
     """
     posix, windows = PurePosixPath(name), PureWindowsPath(name)
-    if not name or "\0" in name:
-        return "it is empty" if not name else "it has a NUL in it"
+    if not posix.parts or "\0" in name:
+        return "it has a NUL in it" if "\0" in name else "it is empty" if not name else "it is the folder itself"
     if posix.is_absolute() or windows.drive or windows.root:
         return "it is absolute"
     if "\\" in name:
@@ -29,6 +29,5 @@ def why_outside(name: str) -> str | None:
 
 
 def leads_outside(folder: Path, name: str) -> bool:
-    """Whether a file of a folder is a link to somewhere else. The folder itself may be one."""
-    file = folder / name
-    return file.is_symlink() and not file.resolve().is_relative_to(folder.resolve())
+    """Whether a file of a folder is a link to somewhere else, or lies behind one. The folder itself may be one."""
+    return not (folder / name).resolve().is_relative_to(folder.resolve())

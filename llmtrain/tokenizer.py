@@ -66,7 +66,8 @@ def load_tokenizer(cfg: TokenizerConfig) -> "PreTrainedTokenizerFast":
     from transformers import AutoTokenizer
 
     _refuse_missing_folder(cfg.name)
-    kwargs = {"trust_remote_code": False, **cfg.kwargs, "use_fast": True}
+    # With null transformers would ask at the terminal.
+    kwargs = {**cfg.kwargs, "trust_remote_code": bool(cfg.kwargs.get("trust_remote_code")), "use_fast": True}
     if kwargs["trust_remote_code"]:
         what = "the Python code that comes with this tokenizer" + _of_revision(cfg.kwargs)
         require("tokenizer.kwargs.trust_remote_code", cfg.name, what=what, files=python_files(cfg.name))

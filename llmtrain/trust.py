@@ -114,6 +114,8 @@ def _why(path: tuple[str, ...], value: object) -> str | None:
         return "a function of this module" if names_a_module(value) and names_foreign_code(value) else None
     if key == "function" and isinstance(value, str) and names_a_module(value):
         return "a function of this module"
+    if key == "allow_unsafe_types":
+        return "what the pickles in the shards name"
     if key == "confirm_run_unsafe_code":
         return "code that the model writes"
     if "include_path" in path[-2:]:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import zstandard
+from streaming.base.world import World
 
 from llmtrain.checkpoint import manifest
 from llmtrain.checkpoint.fetch import _named_in
@@ -28,6 +29,8 @@ OUTSIDE = {
     "root": "\\x",
     "NUL": "a\0b",
     "empty": "",
+    "itself": ".",
+    "itself twice": "././",
     "long": "a" * 300,
     "deep": "a/" * 600 + "b",
 }
@@ -83,6 +86,18 @@ def test_a_link_in_a_checkpoint_has_to_lead_to_what_the_manifest_says(tmp_path: 
     assert not leads_outside(tmp_path / "latest", "alias")
 
 
+def test_a_folder_that_is_a_link_leads_outside_too(tmp_path: Path) -> None:
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / "file").write_text("secret")
+    folder = tmp_path / "folder"
+    (folder / "own").mkdir(parents=True)
+    (folder / "own" / "file").write_text("public")
+    (folder / "theirs").symlink_to(tmp_path / "private")
+    assert leads_outside(folder, "theirs/file")
+    assert not leads_outside(folder, "own/file")
+    assert not leads_outside(folder, "own/absent")
+
+
 def test_a_private_file_does_not_get_into_an_export_by_a_link(tmp_path: Path) -> None:
     (tmp_path / "private").write_text("secret")
     tokenizer = tmp_path / "tokenizer"
@@ -103,6 +118,21 @@ def test_indexes_that_promise_the_impossible(samples: object, size: int) -> None
     with pytest.raises(UserError, match="which no shard can have"):
         check_size("shard", samples, size, "data")  # type: ignore[arg-type]
     check_size("shard", 25, 100, "data")
+
+
+@pytest.mark.parametrize("samples", [10**15, -1])
+def test_shards_of_other_formats_cannot_promise_it_either(samples: int, tmp_path: Path) -> None:
+    file = {"basename": "a.json", "bytes": 100, "hashes": {}}
+    shard = {"version": 2, "format": "json", "columns": {"tokens": "str"}, "compression": None, "hashes": []}
+    shard |= {"newline": "\n", "raw_data": file, "raw_meta": {**file, "basename": "a.json.meta"}, "samples": samples}
+    shard |= {"size_limit": None, "zip_data": None, "zip_meta": None}
+    (tmp_path / "index.json").write_text(json.dumps({"version": 2, "shards": [shard]}))
+    stream = GuardedStream(local=str(tmp_path), split="")
+    with pytest.raises(UserError, match="which no shard can have"):
+        stream.get_shards(World(num_nodes=1, ranks_per_node=1, workers_per_rank=1, worker=0), False)
+    (tmp_path / "index.json").write_text(json.dumps({"version": 2, "shards": [{**shard, "samples": 9}]}))
+    with pytest.raises(UserError, match="no column 'tokens'"):
+        stream.get_shards(World(num_nodes=1, ranks_per_node=1, workers_per_rank=1, worker=0), False)
 
 
 @pytest.mark.parametrize("compression", ["zstd:3", "gz:9"])

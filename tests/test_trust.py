@@ -121,6 +121,87 @@ def test_a_checkpoint_s_own_recipe_is_not_trusted(evil: Path) -> None:
     assert not Path("mark").exists()
 
 
+def test_pickles_in_shards_need_trust_though_the_recipe_accepts_them(
+    evil: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The recipe is a stranger's, too: what it accepts is nobody's word."""
+    from streaming import MDSWriter
+
+    from llmtrain.data.finetuning.config import FinetuningStreamConfig
+    from llmtrain.data.finetuning.mds_rows import MDSRows
+
+    class Mark:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (Path("mark"),)
+
+    folder = evil.parent / "shards"
+    with MDSWriter(out=str(folder), columns={"prompt": "str", "response": "pkl"}) as writer:
+        writer.write({"prompt": "a", "response": Mark()})
+    source = FinetuningStreamConfig(local=str(folder))
+    with pytest.raises(UserError, match=r"allow_unsafe_types: .*shards.*--trust-code"):
+        list(MDSRows(source, "", evil.parent / "cache", True))
+    assert not Path("mark").exists()
+    with pytest.raises(UserError, match="unsafe type"):
+        list(MDSRows(source, "", evil.parent / "cache", False))
+    monkeypatch.setenv("LLMTRAIN_TRUST_CODE", "1")
+    assert len(list(MDSRows(source, "", evil.parent / "cache", True))) == 1
+    assert Path("mark").exists()  # it is what it seems to be
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [("pandas", {"data_files": "evil.pkl"}), ("folder", {"trust_remote_code": True})],
+)
+def test_data_sets_bring_no_code_with_or_without_trust(
+    name: str, arguments: dict[str, Any], evil: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`pandas` is a builder of datasets that unpickles files, in releases below the newest."""
+    import datasets
+
+    from llmtrain.conversations.hf_rows import hf_rows
+    from llmtrain.evaluation.icl.config import ICLTaskConfig
+    from llmtrain.evaluation.icl.rows import read_rows
+    from llmtrain.prep.config import SourceConfig
+    from llmtrain.prep.readers.hugging_face import n_shards
+
+    monkeypatch.setenv("LLMTRAIN_TRUST_CODE", "1")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: Path("mark").touch())
+    task = {"label": "a", "icl_task_type": "language_modeling", "num_fewshot": [0], "dataset_uri": f"hf://{name}"}
+    readers = [lambda: read_rows(ICLTaskConfig(**task, hf_loading_vars=arguments))]
+    if name == "pandas":  # the other two refuse the key in the recipe
+        readers.append(lambda: list(hf_rows(name, hf_kwargs=arguments)))
+        readers.append(lambda: n_shards(SourceConfig(name="a", hf_name=name, hf_kwargs=arguments)))
+    for read in readers:
+        with pytest.raises(UserError, match="no flag changes that"):
+            read()
+    assert not Path("mark").exists()
+
+
+def test_scripts_of_data_sets_are_switched_off_for_old_releases(evil: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those below 2.20 run them unasked."""
+    import datasets
+
+    from llmtrain.foreign_datasets import load_dataset
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_TRUST_REMOTE_CODE", True, raising=False)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.config.HF_DATASETS_TRUST_REMOTE_CODE)
+    assert load_dataset("a") is False
+
+
+@pytest.mark.parametrize("value", [None, 0, False, ""])
+def test_a_tokenizer_is_never_opened_with_a_question_at_the_terminal(
+    value: object, evil: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers
+
+    def opened(name: str, **kwargs: Any) -> None:
+        raise OSError(str(kwargs["trust_remote_code"]))
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", opened)
+    with pytest.raises(UserError, match="cannot be opened: False"):
+        load_tokenizer(TokenizerConfig(name="a", kwargs={"trust_remote_code": value}))
+
+
 @pytest.mark.parametrize(
     ("block", "needs"),
     [
@@ -133,6 +214,10 @@ def test_a_checkpoint_s_own_recipe_is_not_trusted(evil: Path) -> None:
         ),
         ({"stages": [{"name": "language", "function": "m:f"}]}, ["stages.0.function: m:f"]),
         ({"compile_config": {"options": {"cpp.cxx": "/tmp/x"}}}, ["compile_config.options.cpp.cxx: /tmp/x"]),
+        (
+            {"train_loader": {"dataset": {"allow_unsafe_types": True}}},
+            ["train_loader.dataset.allow_unsafe_types: True"],
+        ),
         ({"harness": {"confirm_run_unsafe_code": True}}, ["harness.confirm_run_unsafe_code: True"]),
         ({"compile_config": {"options": {"max_autotune": True}}}, []),
         ({"train_loader": {"dataset": {"preprocessing_fn": "databricks-dolly-15k"}}}, []),

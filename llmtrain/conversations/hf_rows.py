@@ -12,6 +12,7 @@ from llmtrain.conversations.files import SUFFIXES, contents_hash, file_rows, ide
 from llmtrain.conversations.messages import BadExample
 from llmtrain.conversations.row import Row
 from llmtrain.errors import UserError
+from llmtrain.foreign_datasets import load_dataset
 
 _BUILDERS = {"json", "csv", "parquet"}
 _URI = re.compile(r"^[a-z][a-z0-9+-]*:/")
@@ -124,19 +125,15 @@ def _names_of(builder: str) -> tuple[str, ...]:
 
 
 def _load(hf_name: str, split: str, kwargs: dict[str, Any], safe_load: bool) -> Iterator[Row]:
-    import datasets
-
     where = f"{hf_name}[{split}]"
-    # Releases below 4 still know scripts; they run none when this says so.
-    datasets.config.HF_DATASETS_TRUST_REMOTE_CODE = False
     folder = Path(hf_name).expanduser()
     try:
         if safe_load and hf_name not in _BUILDERS:
             folder = _only_data(hf_name, folder, kwargs)
         name = str(folder) if folder.is_dir() else hf_name
-        iterator = iter(datasets.load_dataset(name, split=split, streaming="[" not in split, **kwargs))
-    except UserError:
-        raise
+        iterator = iter(load_dataset(name, split=split, streaming="[" not in split, **kwargs))
+    except UserError as problem:
+        raise UserError(f"hf_name: {problem}" if not str(problem).startswith("safe_load") else str(problem)) from None
     except Exception as problem:  # it raises whatever its back-ends raise
         raise UserError(f"hf_name: the dataset {where} cannot be opened: {_first_line(problem)}") from problem
     number = 0

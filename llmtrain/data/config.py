@@ -114,7 +114,7 @@ class TextDatasetConfig(Config):
     keep_zip: bool = False
     """Keep the compressed shard beside the decompressed one."""
     allow_unsafe_types: bool = False
-    """Accept shards with pickled columns. They can run any code on this machine."""
+    """Accept shards with pickled columns. They can run any code on this machine, so it needs `--trust-code`, too."""
     token_encoding_type: TokenEncoding = "int64"
     """Integer type of the tokens, for old shards whose `tokens` column is plain bytes."""
     eos_token_id: int | None = Field(default=None, ge=0)

@@ -24,7 +24,6 @@ from streaming import Stream, StreamingDataLoader, StreamingDataset
 from streaming.base.constant import BARRIER_FILELOCK, CACHE_FILELOCK, TICK
 from streaming.base.dataset import _Iterator, _ShardState
 from streaming.base.format.base.reader import FileInfo
-from streaming.base.format.mds.reader import MDSReader
 from streaming.base.hashing import get_hash
 from streaming.base.storage.download import CloudDownloader
 from streaming.base.world import World
@@ -36,6 +35,7 @@ from llmtrain.data.shared_names import closed_afterwards, gather, memories, own_
 from llmtrain.data.worker_signals import OutlivesSigterm
 from llmtrain.errors import UserError
 from llmtrain.redaction import without_password
+from llmtrain.trust import require
 
 log = logging.getLogger(__name__)
 
@@ -64,9 +64,12 @@ class GuardedStream(Stream):  # type: ignore[misc]
         """Fetch and check the index.
 
         Raises:
-            UserError: It cannot be fetched or read, or the shards are not rows of tokens.
+            UserError: It cannot be fetched or read, or the shards are not rows of tokens, or nobody said that their
+                pickles may run.
         """
         where = self.describe()
+        if allow_unsafe_types:
+            require("allow_unsafe_types", where, what="what the pickles in these shards name")
         index = Path(self.local) / self.split / INDEX
         try:
             with self._in_turn(INDEX) if world.is_local_leader else nullcontext():
@@ -83,9 +86,9 @@ class GuardedStream(Stream):  # type: ignore[misc]
         files = [info for shard in shards for pair in shard.file_pairs for info in pair if info is not None]
         check_names([info.basename for info in files], where)
         for shard in shards:
-            for raw, _ in shard.file_pairs:
-                if isinstance(shard, MDSReader):
-                    check_size(raw.basename, shard.samples, raw.bytes, where)
+            raw_files = [raw for raw, _ in shard.file_pairs]
+            for raw in raw_files:  # where the rows begin stands in an MDS shard itself, and in the other formats' last
+                check_size(raw.basename, shard.samples if raw is raw_files[-1] else 0, raw.bytes, where)
                 self._sizes[raw.basename] = raw.bytes
         for shard in shards[:1]:  # prep writes all shards of a folder alike; rows are checked again when they are read
             self.check_rows(shard, where)
@@ -191,7 +194,8 @@ class GuardedStream(Stream):  # type: ignore[misc]
         Raises:
             UserError: They are no rows of tokens.
         """
-        check_columns(shard.column_names, shard.column_encodings, self.max_seq_len, where)
+        names, encodings = getattr(shard, "column_names", ()), getattr(shard, "column_encodings", ())  # JSON's has none
+        check_columns(names, encodings, self.max_seq_len, where)
 
     def has_other_copy(self) -> bool:
         """Whether the local files are a cache of something else: only then may a bad one be deleted."""

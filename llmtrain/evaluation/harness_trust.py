@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from llmtrain.config.safe_yaml import parse_tree, read_text
+from llmtrain.config.safe_yaml import parse_tree, read_text, unfolded
 from llmtrain.trust import require, trusted
 
 _KEYS_OF_CODE = ("class", "custom_dataset", "unsafe_code")
@@ -31,12 +31,14 @@ def check_files(key: str, files: Sequence[Path]) -> None:
     seen: set[Path] = set()
     waiting = list(files)
     while waiting:
-        file = waiting.pop()
-        if file.resolve() in seen or not file.is_file():
+        file = waiting.pop().resolve()  # the harness, too, looks for what a link includes where the link leads
+        if file in seen or not file.is_file():
             continue
-        seen.add(file.resolve())
+        seen.add(file)
         text = read_text(file)
         root = parse_tree(text, str(file))
+        for _ in unfolded(root, str(file)):  # from here on it may be followed
+            pass
         if (found := _code_in(root)) is not None:
             beside = sorted(file.parent.glob("*.py"))
             require(key, file, what=f"code: it says {found}", files=beside)
@@ -50,13 +52,20 @@ def _code_in(root: yaml.Node | None) -> str | None:
     for key, value in _pairs(root):
         if key in _KEYS_OF_CODE and value.value not in ("", "null", "~", "false"):
             return f"`{key}`"
-        if key == "hf_evaluate" and value.value in ("true", "True", "yes", "on"):
+        if key == "hf_evaluate" and not _is_no(value):
             return "`hf_evaluate: true`, a metric of the hub"
         if key == "metric" and isinstance(value.value, str) and value.value not in _known_metrics():
             return f"`metric: {value.value}`, which the harness fetches from the hub"
-        if key == "trust_remote_code" and value.value not in ("false", "False", "no", "off"):
+        if key == "trust_remote_code" and not _is_no(value):
             return "`trust_remote_code`"
+        if key == "dataset_path" and value.value == "pandas":
+            return "`dataset_path: pandas`, which unpickles files"
     return None
+
+
+def _is_no(node: yaml.Node) -> bool:
+    """Whether it is one of YAML's eleven ways to say no; whatever else it is, it may mean yes."""
+    return str(node.value).lower() in ("false", "no", "off")
 
 
 def _known_metrics() -> Any:
@@ -111,8 +120,11 @@ def code_runs_with_trust_only(name: str) -> Iterator[None]:
     load = datasets.load_dataset
 
     def guarded(*args: Any, **kwargs: Any) -> Any:
+        path = args[0] if args else kwargs.get("path")
         if kwargs.get("trust_remote_code"):
-            require(f"harness.tasks: {name}", args[0] if args else kwargs.get("path"), what="this data set's script")
+            require(f"harness.tasks: {name}", path, what="this data set's script")
+        if path == "pandas":
+            require(f"harness.tasks: {name}", path, what="what the pickles of this builder of datasets name")
         return load(*args, **kwargs)
 
     datasets.config.HF_DATASETS_TRUST_REMOTE_CODE = trusted()

@@ -135,7 +135,7 @@ class FinetuningDatasetConfig(SourceConfig):
     """Where tokenized examples are kept for the next run, and shards of a `remote` without `local`:
     $XDG_CACHE_HOME/llmtrain/examples (or ~/.cache/...) when left out. (llmtrain's own.)"""
     allow_unsafe_types: bool = False
-    """Accept shards with pickled columns. They can run any code on this machine."""
+    """Accept shards with pickled columns. They can run any code on this machine, so it needs `--trust-code`, too."""
     token_encoding_type: Literal["int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"] = "int64"
     """Integer type of the ids in old shards whose `input_ids` and `labels` are plain bytes."""
 

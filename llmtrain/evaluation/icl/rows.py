@@ -7,6 +7,7 @@ from typing import Any
 
 from llmtrain.errors import UserError
 from llmtrain.evaluation.icl.config import ICLTaskConfig
+from llmtrain.foreign_datasets import load_dataset
 from llmtrain.json_text import parse_json
 
 KEYS: Mapping[str, Mapping[str, type]] = {
@@ -100,11 +101,11 @@ def _objects(task: ICLTaskConfig) -> Iterator[tuple[str, Any]]:
 
 
 def _of_the_hub(task: ICLTaskConfig) -> Iterator[tuple[str, Any]]:
-    import datasets
-
     name = task.dataset_uri.removeprefix("hf://")
     try:
-        found = datasets.load_dataset(name, **task.hf_loading_vars)
+        found = load_dataset(name, **task.hf_loading_vars)
+    except UserError as error:
+        raise UserError(f"icl_tasks {task.label}: dataset_uri: {error}") from None
     except Exception as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"icl_tasks {task.label}: dataset_uri: {name} cannot be loaded: {first}") from error

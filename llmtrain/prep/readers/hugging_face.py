@@ -6,6 +6,7 @@ from functools import lru_cache
 from typing import Any
 
 from llmtrain.errors import UserError
+from llmtrain.foreign_datasets import load_dataset
 from llmtrain.prep.config import SourceConfig
 from llmtrain.prep.plan import Piece
 from llmtrain.prep.readers.bad_input import BadInput
@@ -68,6 +69,8 @@ def _open(source: SourceConfig) -> Any:
     kwargs = json.dumps(source.hf_kwargs, sort_keys=True)
     try:
         return _load(source.hf_name, source.split, kwargs)
+    except UserError as problem:
+        raise UserError(f"source {source.name!r}: {problem}") from None
     except Exception as problem:  # it raises whatever its back-ends raise
         reason = f"{type(problem).__name__}: {problem}"
         raise UserError(
@@ -77,6 +80,4 @@ def _open(source: SourceConfig) -> Any:
 
 @lru_cache(maxsize=4)
 def _load(name: str, split: str, kwargs: str) -> Any:
-    import datasets  # only here: it is slow to import
-
-    return datasets.load_dataset(name, split=split, streaming=True, **json.loads(kwargs))
+    return load_dataset(name, split=split, streaming=True, **json.loads(kwargs))
