@@ -97,7 +97,8 @@ def subject(path: Path, overrides: Sequence[str], *, steps: int, ranks: int) -> 
     if data["save_num_checkpoints_to_keep"] == -1:
         change("save_num_checkpoints_to_keep", 3)
     if data["eval_loader"]:
-        change("eval_interval", f"{max(1, steps // 5)}ba")
+        # The last evaluation comes at the end, and not because of the interval.
+        change("eval_interval", f"{next(n for n in range(max(2, steps // 5), steps) if steps % n)}ba")
         if not 0 < data["eval_subset_num_batches"] <= 2:
             change("eval_subset_num_batches", 2)
     if data["icl_tasks"]:

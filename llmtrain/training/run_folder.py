@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,9 @@ from llmtrain.training.loss_curve import TRAIN_LOSS, draw_loss_curve, read_metri
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+SECONDS_BETWEEN_DRAWINGS = 10.0
+"""loss.png takes half a second of a core: too much after each evaluation of a tiny run, or of several loaders."""
 
 
 class RunFolder:
@@ -51,7 +55,7 @@ class RunFolder:
 
 
 class MetricsFile(LoggerDestination):  # type: ignore[misc]
-    """metrics.jsonl, one object a step, and loss.png; always on.
+    """metrics.jsonl, one object a step, and loss.png, drawn at evaluations and at the end; always on.
 
     A resumed run first drops the lines of steps that it is going to repeat, so that each step stands there once.
 
@@ -66,6 +70,7 @@ class MetricsFile(LoggerDestination):  # type: ignore[misc]
         self._lines: list[str] = []
         self._told = False
         self._step: int | None = None
+        self._drawn = time.monotonic()
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
         if not self._enabled:
@@ -88,7 +93,8 @@ class MetricsFile(LoggerDestination):  # type: ignore[misc]
 
     def eval_end(self, state: State, logger: Logger) -> None:
         self._flush()
-        self._draw()
+        if time.monotonic() - self._drawn > SECONDS_BETWEEN_DRAWINGS:
+            self._draw()
 
     def eval_after_all(self, state: State, logger: Logger) -> None:
         self._flush()  # averages over several evaluators
@@ -142,6 +148,7 @@ class MetricsFile(LoggerDestination):  # type: ignore[misc]
                 draw_loss_curve(self.folder.metrics, self.folder.loss_curve)
             except Exception as error:  # no picture is worth a run
                 print(f"warning: {self.folder.loss_curve} was not drawn: {error}", file=sys.stderr, flush=True)
+            self._drawn = time.monotonic()
 
 
 def _plain(value: Any) -> Any:

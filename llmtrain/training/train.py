@@ -37,6 +37,7 @@ from llmtrain.training.checkpoint_saver import CheckpointSaver
 from llmtrain.training.compile import compile_blocks
 from llmtrain.training.console import Console
 from llmtrain.training.data import Loaders, open_tokenizer
+from llmtrain.training.evaluation_times import EvaluationTimes
 from llmtrain.training.exit_codes import BAD_STEPS
 from llmtrain.training.fsdp import ShardingPlan, translate
 from llmtrain.training.gradient_check import check_gradient_average
@@ -174,6 +175,9 @@ def assemble(recipe: Recipe, start: resume.StartingPoint, device: torch.device) 
         *([uploads] if uploads else []),
         *step_record(run.path, batch.sequence_parallel_degree),
     ]
+    evaluated = [*evaluators, *(model.tasks.evaluators() if model.tasks is not None else [])]
+    for evaluator in evaluated:
+        evaluator.eval_interval = EvaluationTimes(recipe.eval_interval)
     loggers = [MetricsFile(run), *build_loggers(recipe.loggers, run.path)]
     if recipe.log_to_console:
         loggers.append(Console(recipe.console_log_interval))
@@ -197,8 +201,7 @@ def assemble(recipe: Recipe, start: resume.StartingPoint, device: torch.device) 
         device_train_microbatch_size=batch.microbatch_size,
         accumulate_train_batch_on_tokens=recipe.accumulate_train_batch_on_tokens,
         spin_dataloaders=recipe.spin_dataloaders,
-        eval_dataloader=[*evaluators, *(model.tasks.evaluators() if model.tasks is not None else [])],
-        eval_interval=recipe.eval_interval,
+        eval_dataloader=evaluated,
         eval_subset_num_batches=recipe.eval_subset_num_batches,
         callbacks=callbacks,
         loggers=loggers,

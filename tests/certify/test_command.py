@@ -62,7 +62,7 @@ def test_a_recipe_is_made_short_and_what_is_overridden_stays(corpus: TinyCorpus,
     assert made.data["max_duration"] == "24ba"
     assert made.data["save_interval"] == "7ba"
     assert made.data["train_subset_num_batches"] == -1
-    assert made.data["eval_interval"] == "4ba"
+    assert made.data["eval_interval"] == "5ba"
     assert made.data["loggers"] is None
     assert made.data["scheduler"]["t_warmup"] == made.data["scheduler"]["t_scale"] == "4ba"
     assert "max_duration: 3ep -> 24ba" in made.changes

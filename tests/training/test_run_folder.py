@@ -79,7 +79,9 @@ def test_a_picture_that_cannot_be_drawn_does_not_end_the_run(
     folder: RunFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder.loss_curve.mkdir()
-    log_run(MetricsFile(folder), 0, 2)
+    file = MetricsFile(folder)
+    log_run(file, 0, 2)
+    file.fit_end(at(2), None)
     assert "was not drawn" in capsys.readouterr().err
 
 
@@ -105,3 +107,18 @@ def test_a_full_disk_ends_no_run_and_loses_no_line(folder: RunFolder, capsys: py
     whole.path.mkdir()
     log_run(MetricsFile(whole), 0, 6, evaluate_every=9)
     assert folder.metrics.read_text() == whole.metrics.read_text()
+
+
+def test_evaluations_that_come_fast_do_not_draw_each(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("llmtrain.training.run_folder.time.monotonic", lambda: now[0])
+    file = MetricsFile(folder)
+    log_run(file, 0, 4)
+    assert not folder.loss_curve.exists()
+    now[0] += 11
+    log_run(file, 4, 6)
+    first = folder.loss_curve.stat().st_mtime_ns
+    log_run(file, 6, 8)
+    assert folder.loss_curve.stat().st_mtime_ns == first
+    file.fit_end(at(8), None)
+    assert folder.loss_curve.stat().st_mtime_ns > first
