@@ -3,9 +3,10 @@
 The workarounds stand here, each with what would let it go.
 """
 
+import contextlib
 import secrets
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,10 @@ _SHOWN = {"config", "notes", "tags", "name", "group", "job_type"}
 
 
 class WandB(WandBLogger):  # type: ignore[misc]
-    """Weights & Biases, and a resumed run goes on in the same W&B run.
+    """Weights & Biases; a resumed run goes on in the same W&B run, and a run outlives W&B.
+
+    W&B has a process of its own. A scheduler's SIGTERM to all processes ends it, also where it was started with the
+    signal blocked, and each call to it fails from then on: the rank would end of that, in place of saving.
 
     Composer calls `Run.get_url()`, which wandb removed (0.31 has the property `url`). It can go when Composer allows
     wandb >= 0.19.
@@ -68,6 +72,44 @@ class WandB(WandBLogger):  # type: ignore[misc]
 
             # A resumed run may differ (a longer max_duration); without allow_val_change that would be an error.
             wandb.config.update(redact(hyperparameters), allow_val_change=True)
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        """Logs them, as long as W&B lives."""
+        with self._or_without():
+            super().log_metrics(metrics, step)
+
+    def log_table(self, *args: Any, **kwargs: Any) -> None:
+        """Logs it, as long as W&B lives."""
+        with self._or_without():
+            super().log_table(*args, **kwargs)
+
+    def log_images(self, *args: Any, **kwargs: Any) -> None:
+        """Logs them, as long as W&B lives."""
+        with self._or_without():
+            super().log_images(*args, **kwargs)
+
+    def post_close(self) -> None:
+        """Waits until W&B has everything."""
+        with self._or_without(Exception):  # it has several of its own for an answer that does not come
+            super().post_close()
+
+    @contextlib.contextmanager
+    def _or_without(self, lost: type[Exception] = OSError) -> Iterator[None]:
+        """Where W&B's process is gone, says so once and goes on."""
+        try:
+            yield
+        except lost as error:
+            import wandb
+
+            self._enabled = False
+            print(
+                f"wandb       W&B is lost ({str(error) or repr(error)}): the run goes on without it; its metrics.jsonl "
+                "has everything",
+                file=sys.stderr,
+                flush=True,
+            )
+            with contextlib.suppress(Exception):
+                wandb.teardown(1)  # or it would fail once more, with a traceback, when this process ends
 
 
 WANDB_RUN_ID = "wandb-run-id"

@@ -100,6 +100,29 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {path.stem for path in (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")} == {f"run-{identity}"}
 
 
+def test_a_run_outlives_the_process_of_wandb(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A scheduler's SIGTERM ends it, and the rank has still to save (see tests/launching/test_slurm_training.py)."""
+    wandb = pytest.importorskip("wandb")
+    asked = []
+
+    def gone(*args: object, **kwargs: object) -> None:
+        asked.append(args)
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    for name in ("log", "teardown", "finish"):
+        monkeypatch.setattr(wandb, name, gone)
+    monkeypatch.setattr(wandb, "run", object())
+    (logger,) = build(tmp_path, wandb={"project": "test"})
+    logger.log_metrics({"a": 1.0}, 1)
+    logger.log_metrics({"a": 2.0}, 2)
+    logger.log_table(["a"], [["b"]])
+    logger.post_close()
+    assert asked == [({"a": 1.0}, 1), (1,)]  # then it was torn down, and left alone
+    assert capsys.readouterr().err.count("the run goes on without it") == 1
+
+
 def test_tensorboard_writes_into_the_run_folder(tmp_path: Path) -> None:
     run(build(tmp_path, tensorboard={"flush_interval": 1}))
     events = list((tmp_path / "tensorboard").rglob("events.out.tfevents.*"))
