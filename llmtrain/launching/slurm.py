@@ -163,8 +163,13 @@ stopping=''
 
 say() { printf 'slurm       %s\n' "$*" >&2; }
 
+# On large clusters a request to SLURM fails now and then ("Socket timed out"); here nobody would repeat it.
+ask() {
+    "$@" || { sleep 3; "$@"; } || { sleep 9; "$@"; }
+}
+
 # The state of this job. One that is cancelled, or requeued by SLURM itself, is RUNNING no longer.
-state() { squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T; }
+state() { ask squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T; }
 
 finish() {   # exit code, words
     rm -rf "$MARKS"
@@ -179,7 +184,7 @@ requeue() {   # why
     [ "$REQUEUED" -lt "$MAX_REQUEUES" ] || finish 143 "$1; requeued $REQUEUED times, which is the limit (MAX_REQUEUES)"
     say "$1; back to the queue (time $((REQUEUED + 1)) of at most $MAX_REQUEUES)"
     rm -rf "$MARKS"
-    scontrol requeue "$SLURM_JOB_ID" || finish 143 'SLURM does not requeue; sbatch the same script again to continue'
+    ask scontrol requeue "$SLURM_JOB_ID" || finish 143 'SLURM does not requeue; sbatch the same script to continue'
     exit 143
 }
 
@@ -187,7 +192,7 @@ requeue() {   # why
 # kill them at once if it got SIGTERM itself. Whatever they do, the job is requeued before the limit ends it for good.
 at_time_limit() {
     stopping='the time limit is near'
-    scancel --signal=TERM "$SLURM_JOB_ID"
+    ask scancel --signal=TERM "$SLURM_JOB_ID"
     (trap - TERM; sleep $((GRACE > 60 ? GRACE - 40 : GRACE / 3)); requeue "$stopping, and ranks are still busy") &
 }
 trap at_time_limit USR1
@@ -227,7 +232,7 @@ while :; do
         finish "$code" "exit code $code: the same would happen again, so the job ends here"
     fi
     if [ "$code" -eq 0 ]; then
-        [ ! -e "$MARKS/stopped" ] || requeue "${stopping:-the ranks got SIGTERM} and have stopped"
+        [ ! -e "$MARKS/stopped" ] || requeue "${stopping:-SIGTERM}; the ranks have stopped"
         finish 0 'finished'
     fi
     [ -z "$stopping" ] || requeue "$stopping; srun ended with exit code $code"

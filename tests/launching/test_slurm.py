@@ -1,4 +1,7 @@
-"""Our batch script in a real SLURM cluster of two nodes on this machine, with ranks that only pretend to train."""
+"""Our batch script in a real SLURM cluster of two nodes on this machine, with ranks that only pretend to train.
+
+One job that is preempted stays in the gate; real ranks train in test_slurm_training.py.
+"""
 
 import shutil
 import stat
@@ -107,6 +110,7 @@ class Submitted:
         cluster: where it runs.
         cwd: its folder.
         todo: names of files and what they hold: see RANK.
+        programs: folder of programs that the job finds before SLURM's.
         options: for SLURM.
     """
 
@@ -117,6 +121,7 @@ class Submitted:
         todo: dict[str, str],
         monkeypatch: pytest.MonkeyPatch,
         plan: LaunchPlan = PLAN,
+        programs: Path | None = None,
         **options: object,
     ) -> None:
         self.cluster, self.cwd = cluster, cwd
@@ -129,7 +134,10 @@ class Submitted:
             monkeypatch.setenv(key, value)
         monkeypatch.chdir(cwd)
         plan = replace(plan, environment={"X": "it's $HOME"}, max_restarts=int(str(options.pop("max_restarts", 3))))
-        self.id = submit(script(plan, SlurmOptions(**options), python=str(rank)), plan)  # type: ignore[arg-type]
+        with monkeypatch.context() as shell:
+            if programs is not None:
+                shell.setenv("PATH", f"{programs}:{cluster.environment['PATH']}")
+            self.id = submit(script(plan, SlurmOptions(**options), python=str(rank)), plan)  # type: ignore[arg-type]
 
     def output(self) -> str:
         path = self.cwd / "runs" / "x" / f"slurm-{self.id}.out"
@@ -164,6 +172,7 @@ def test_ranks_are_told_who_they_are(cluster: Cluster, tmp_path: Path, monkeypat
     assert job.marks() == []
 
 
+@pytest.mark.long
 def test_an_elastic_job_takes_what_there_is(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     busy = ("sbatch", "-N1", "--exclusive", "-w", cluster.nodes[1], "-o", "/dev/null", "--wrap=sleep 4")
     cluster.run(*busy, cwd=tmp_path)
@@ -178,6 +187,7 @@ def test_an_elastic_job_takes_what_there_is(cluster: Cluster, tmp_path: Path, mo
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_preempted_at_once_it_saves_and_comes_back(
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -200,11 +210,12 @@ def test_preempted_with_a_grace_period_it_comes_back(
     preempt(cluster, job)
     assert job.end() == "COMPLETED", job.output()
     assert job.output().count(" saved\n") == 2
-    assert "the ranks got SIGTERM and have stopped; back to the queue" in job.output()
+    assert "SIGTERM; the ranks have stopped; back to the queue" in job.output()
     assert cluster.job(job.id).restarts == 1
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_near_the_time_limit_it_saves_and_comes_back(
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,11 +223,12 @@ def test_near_the_time_limit_it_saves_and_comes_back(
     job = Submitted(cluster, tmp_path, {"do-0": "wait"}, monkeypatch, time="1", grace=60)
     assert job.end(90) == "COMPLETED", job.output()
     assert job.output().count(" saved\n") == 2
-    assert "the time limit is near and have stopped; back to the queue" in job.output()
+    assert "the time limit is near; the ranks have stopped; back to the queue" in job.output()
     assert cluster.job(job.id).restarts == 1
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_crash_is_restarted_in_the_same_job(
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -228,6 +240,7 @@ def test_a_crash_is_restarted_in_the_same_job(
     assert cluster.job(job.id).restarts == 0
 
 
+@pytest.mark.long
 def test_restarts_are_bounded(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     todo = {"do-0": "exit 75", "do-1": "exit 75"}
     job = Submitted(cluster, tmp_path, todo, monkeypatch, max_restarts=1)
@@ -237,6 +250,7 @@ def test_restarts_are_bounded(cluster: Cluster, tmp_path: Path, monkeypatch: pyt
     assert job.output().count("rank 0 of 2") == 2
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("code", [2, 3])
 def test_pointless_codes_end_the_job(
     code: int, cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -250,6 +264,7 @@ def test_pointless_codes_end_the_job(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_requeues_are_bounded(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = Submitted(cluster, tmp_path, {"do-0": "wait", "do-1": "wait"}, monkeypatch, max_requeues=1)
     for start in (0, 1):
@@ -258,6 +273,28 @@ def test_requeues_are_bounded(cluster: Cluster, tmp_path: Path, monkeypatch: pyt
     assert job.end() == "FAILED"
     assert cluster.job(job.id).exit_code == 143
     assert "requeued 1 times, which is the limit" in job.output()
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_a_busy_slurm_is_asked_again(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a job's own requests each fails once; a job that believed it would not come back."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name in ("squeue", "scontrol"):
+        real = shutil.which(name, path=cluster.environment["PATH"])
+        (programs / name).write_text(
+            "#!/bin/bash\n"
+            f'[ "$1 $2" = "show hostnames" ] || {{ mkdir "{programs}/asked-{name}" 2>/dev/null && exit 1; }}\n'
+            f'exec {real} "$@"\n'
+        )
+        (programs / name).chmod(0o755)
+    job = Submitted(cluster, tmp_path, {"do-0": "wait"}, monkeypatch, programs=programs)
+    job.wait_for("start 0", 2)
+    cluster.run("scancel", "--signal=TERM", job.id)
+    assert job.end() == "COMPLETED", job.output()
+    assert cluster.job(job.id).restarts == 1
+    assert {path.name for path in programs.glob("asked-*")} == {"asked-squeue", "asked-scontrol"}
 
 
 def test_a_cancelled_job_stays_cancelled(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
