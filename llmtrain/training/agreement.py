@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 from composer.utils import dist
 
 from llmtrain.errors import UserError
@@ -12,6 +13,33 @@ T = TypeVar("T")
 
 after_each_turn: list[Callable[[], None]] = []
 """Called in long waits whenever the ranks have answered each other: who looks for hangs learns that this is none."""
+
+around_each_exchange: list[Callable[[bool], None]] = []
+"""Called before (True) and after (False) the ranks exchange a few numbers. Nobody works meanwhile: where all have come
+and all of them wait, it is for the network."""
+
+
+def gets_on() -> None:
+    """Said where a rank works for long without the others: it is not what a hang looks like."""
+    for tell in after_each_turn:
+        tell()
+
+
+def exchange(numbers: torch.Tensor, operation: str, *, wait: bool = True) -> None:
+    """All-reduces a few numbers in place, once in each step: cheap, but a network that is cut may stop a run here.
+
+    Args:
+        numbers: on the device of the run.
+        operation: `MAX`, `SUM`, ...
+        wait: until the result is there; without it a GPU's may come later.
+    """
+    for tell in around_each_exchange:
+        tell(True)
+    dist.all_reduce(numbers, reduce_operation=operation)
+    if wait:
+        numbers.cpu()
+    for tell in around_each_exchange:
+        tell(False)
 
 
 def from_rank_zero(function: Callable[[], T], group: Any = None) -> T:
@@ -33,7 +61,7 @@ def from_rank_zero(function: Callable[[], T], group: Any = None) -> T:
             answer[1] = _text(error)
     dist.broadcast_object_list(answer, group=group)
     if answer[1] is not None:
-        raise UserError(answer[1])
+        raise _agreed(answer[1])
     result: T = answer[0]
     return result
 
@@ -70,7 +98,7 @@ def from_rank_zero_in_turns(function: Callable[[], T], turn: float = 5.0) -> T:
 
     def outcome() -> T:
         if answer[1] is not None:
-            raise UserError(answer[1])
+            raise _agreed(answer[1])
         result: T = answer[0]
         return result
 
@@ -95,7 +123,7 @@ def from_all_ranks(function: Callable[[], T], group: Any = None) -> list[T]:
     answers = dist.all_gather_object((value, error), group)
     for rank, (_, text) in enumerate(answers):
         if text is not None:
-            raise UserError(text if rank == 0 else f"rank {rank}: {text}")
+            raise _agreed(text if rank == 0 else f"rank {rank}: {text}")
     return [answer for answer, _ in answers]
 
 
@@ -132,6 +160,12 @@ def from_all_ranks_in_turns(function: Callable[[], T], turn: float = 5.0) -> lis
         return results[0]
 
     return from_all_ranks(outcome)
+
+
+def _agreed(text: str) -> UserError:
+    error = UserError(text)
+    error.agreed = True
+    return error
 
 
 def _text(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 import io
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,9 +16,19 @@ from torch.distributed.checkpoint.planner import SavePlanner
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from llmtrain.checkpoint.manifest import FileEntry
+from llmtrain.training.agreement import gets_on
 
 FULL = "full.pt"
 Entries = dict[str, FileEntry]
+written = 0
+"""Bytes of checkpoints that this process has written: what goes up is no hang, however slow the disk is."""
+
+
+def _count(size: int) -> None:
+    global written
+    written += size
+    if threading.current_thread() is threading.main_thread():
+        gets_on()
 
 
 class HashedFile(io.RawIOBase):
@@ -45,6 +56,7 @@ class HashedFile(io.RawIOBase):
             raise
         self._digest.update(view)
         self._size += len(view)
+        _count(len(view))
         return len(view)
 
     def writable(self) -> bool:

@@ -6,6 +6,7 @@ import socket
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +71,16 @@ class Beat:
 
 def machine() -> str:
     """Names the processes whose ids can be looked up here: those of this boot and this namespace of process ids."""
+    return _machine(os.getpid())
+
+
+@lru_cache(maxsize=1)
+def _machine(pid: int) -> str:
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
     except OSError:
-        return f"{socket.gethostname()} {os.getpid()}"  # sees nobody but itself
+        return f"{socket.gethostname()} {pid}"  # sees nobody but itself
 
 
 def process_state(beat: Beat) -> str | None:
@@ -101,15 +107,20 @@ class Heartbeats:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def write(self, beat: Beat) -> None:
-        """Replaces this rank's beat by one rename. A folder that cannot be written is no reason to end a run."""
+    def write(self, beat: Beat) -> bool:
+        """Replaces this rank's beat by one rename. A folder that cannot be written is no reason to end a run.
+
+        Returns:
+            Whether it was written.
+        """
         path = self.folder / f"rank-{beat.rank}"
         temporary = path.with_name(f".rank-{beat.rank}")
         try:
             temporary.write_text(json.dumps(asdict(beat)))
             temporary.replace(path)
         except OSError:
-            pass
+            return False
+        return True
 
     def read(self, rank: int) -> Beat | None:
         """A rank's newest beat; None where there is none, or none that can be read."""

@@ -24,7 +24,7 @@ from llmtrain.evaluation.icl.run import accuracy_of
 from llmtrain.evaluation.icl.task import Task, TaskScores, build_tasks
 from llmtrain.evaluation.ranks import Ranks
 from llmtrain.recipe.recipe import Recipe
-from llmtrain.training.agreement import from_all_ranks
+from llmtrain.training.agreement import from_all_ranks, gets_on
 from llmtrain.training.environment import say
 from llmtrain.training.rows_by_step import add_rows, forget_later_rows
 
@@ -110,7 +110,7 @@ class TaskEvaluation:
         if shared is not None:
             model.model.ranks = None
         try:
-            scores = task.evaluate(model.model, self._ranks, sharded=self._sharded)
+            scores = task.evaluate(model.model, self._ranks, sharded=self._sharded, advance=lambda sequences: gets_on())
         finally:
             if shared is not None:
                 model.model.ranks = shared

@@ -13,10 +13,12 @@ from composer import State
 from composer.utils import ParallelismType, dist
 
 from llmtrain.errors import UserError
-from llmtrain.training.agreement import from_all_ranks, from_rank_zero
+from llmtrain.training import hashed_files
+from llmtrain.training.agreement import from_all_ranks, from_rank_zero, gets_on
 from llmtrain.training.checkpoint_folder import CheckpointFolder, Moment, free_space
 from llmtrain.training.hashed_files import Entries, cause
 
+_TURN = 2.0
 _PATIENCE = timedelta(hours=2)
 """How long a rank waits for another that writes."""
 
@@ -140,8 +142,14 @@ class SaveThread:
         return not self._thread.is_alive()
 
     def wait(self, seconds: float | None = None) -> None:
-        """Returns when it is done, or after some time."""
-        self._thread.join(seconds)
+        """Returns when it is done, or after some time; that bytes are written meanwhile is told."""
+        until = None if seconds is None else time.monotonic() + seconds
+        before = hashed_files.written
+        while not self.done and (until is None or time.monotonic() < until):
+            self._thread.join(_TURN if until is None else min(_TURN, max(0.0, until - time.monotonic())))
+            if hashed_files.written != before:
+                before = hashed_files.written
+                gets_on()
 
     def _work(self, folder: CheckpointFolder, group: Any) -> None:
         try:

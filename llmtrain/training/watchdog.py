@@ -5,23 +5,24 @@ all (it was stopped, or the machine slept) is not counted.
 """
 
 import os
-import shutil
 import signal
 import sys
-import tempfile
 import threading
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from llmtrain.training import stacks
 from llmtrain.training.exit_codes import LOST_CONTACT, POINTLESS, PREEMPTED
 from llmtrain.training.hang_report import Seen, State, hang_message
 from llmtrain.training.heartbeat import Beat, Heartbeats, process_state
+from llmtrain.training.rank_process import end_now, launcher
 from llmtrain.training.step_limits import StepLimits, Work
 
 AGAIN = "The same command goes on from the newest checkpoint."
+_EXCHANGE = ": ranks exchange numbers"
 _LOOK_AFTER = 5.0
 """Seconds without progress after which a rank looks at the others."""
 _FOLLOW_AFTER = 5.0
@@ -30,7 +31,6 @@ _COLLECT = 4.0
 """Seconds that ranks have to write their stacks when one of them calls it a hang."""
 _LEAVE_WITHIN = 45.0
 """Seconds to finish a step and save it when the launcher is gone."""
-_SHELLS = ("sh", "bash", "dash", "zsh", "fish", "ksh", "ash", "tcsh", "busybox", "tmux", "screen", "sshd")
 
 
 class Watchdog:
@@ -44,6 +44,8 @@ class Watchdog:
         world: number of ranks.
         heart_limit: seconds without a sign of life after which a peer counts as lost.
         ends: whether this process is a rank and nothing else, so that it may be ended.
+        near: ranks that are looked at while all seems well; all of them when left out. With a thousand ranks that each
+            read a thousand files, the folder's server would have nothing else to do.
     """
 
     def __init__(
@@ -56,19 +58,26 @@ class Watchdog:
         world: int,
         heart_limit: float,
         ends: bool,
+        near: range | None = None,
     ) -> None:
         self.hearts, self.run, self.limits = hearts, run, limits
-        self.rank, self.world, self.heart_limit, self.ends = rank, world, heart_limit, ends
+        self.rank, self.world, self.ends = rank, world, ends
         # With 512 ranks a shared folder should not get 512 renames a second.
         self.interval = min(10.0, max(1.0, world / 64))
+        self.heart_limit = max(heart_limit, 3 * self.interval)
+        self.near = near or range(world)
         self.ending = threading.Event()
         self._beat = Beat.of_this_process(rank)
         self._work: Work = "other"
+        self._of = ""
+        self._exchanging = False
         self._since = time.monotonic()
         self._peers: dict[int, tuple[Beat, float]] = {}
         self._lost_at: float | None = None
-        self._parent, self._leave_at = _launcher(), float("inf")
+        self._parent, self._leave_at = launcher(), float("inf")
         self._lock = threading.Lock()  # of the beat, which both threads change
+        self._writing = threading.Lock()  # not that one: the training does not wait for a folder that is slow
+        self._mute = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="watchdog", daemon=True)
 
@@ -80,10 +89,16 @@ class Watchdog:
 
     # What the main thread tells.
 
-    def begins(self, phase: str, work: Work = "other") -> None:
-        """Something is begun, so what was before is done."""
+    def begins(self, phase: str, work: Work = "other", of: str = "") -> None:
+        """Something is begun, so what was before is done.
+
+        Args:
+            phase: for people.
+            work: decides its limit.
+            of: which evaluation: their batches have nothing in common.
+        """
         with self._lock:
-            self._work, self._since = work, time.monotonic()
+            self._work, self._of, self._since, self._exchanging = work, of, time.monotonic(), False
             self._beat = self._beat.next(phase=phase)
 
     def turned(self) -> None:
@@ -91,9 +106,15 @@ class Watchdog:
         with self._lock:
             self._work, self._since = "other", time.monotonic()
 
-    def finished(self, work: Work, seconds: float) -> None:
+    def exchanges(self, begins: bool) -> None:
+        """The ranks exchange a few numbers, or have done so; what is going on apart from that stays the same."""
+        with self._lock:
+            self._exchanging, self._since = begins, time.monotonic()
+            self._beat = self._beat.next(phase=self._beat.phase.removesuffix(_EXCHANGE) + (_EXCHANGE if begins else ""))
+
+    def finished(self, work: Work, seconds: float, of: str = "") -> None:
         """A step (or a batch of an evaluation) took so long."""
-        self.limits.finished(work, seconds)
+        self.limits.finished(work, seconds, of)
 
     def at_step(self, step: int) -> None:
         """The last finished step."""
@@ -148,9 +169,16 @@ class Watchdog:
             if lost and time.monotonic() > until - patience / 2:
                 return lost[0], ranks
             if time.monotonic() > until:
-                silent = [seen for seen in ranks if seen.silent > 2 * self.interval + 1 and not seen.beat.ended]
-                return (max(silent, key=lambda seen: seen.silent) if silent else None), ranks
-            time.sleep(0.2)
+                # Not for as long as heart_limit, but with the connection closed that is enough: its host is gone.
+                ranks = [
+                    replace(seen, state="silent")
+                    if seen.silent > 2 * self.interval + 1 and not seen.beat.ended
+                    else seen
+                    for seen in ranks
+                ]
+                silent = [seen for seen in ranks if seen.state == "silent"]
+                return max(silent, key=lambda seen: seen.silent, default=None), ranks
+            time.sleep(self._pause)
 
     def speaks(self, ranks: list[Seen]) -> bool:
         """Whether this rank is the one that tells the user: the lowest that is left."""
@@ -188,15 +216,39 @@ class Watchdog:
         if waited < _LOOK_AFTER or self.ending.is_set() or self._beat.ended:
             self._lost_at = None
             return
-        ranks = self.look()
+        too_long = waited > (self.limits.limit("step") if self._exchanging else self.limits.limit(self._work, self._of))
+        ranks = self.look(None if too_long else self.near)
         if self._over(ranks, now):
             self._follow(ranks)
         if any(seen.beat.hang and seen.beat.rank != self.rank for seen in ranks):
             self._hang(waited)
-        limit = self.limits.limit(self._work)
-        lost = [seen for seen in ranks if seen.state in ("silent", "stopped") and seen.silent > self.heart_limit]
-        if waited > limit or (lost and waited > self.heart_limit):
+        if self._is_hang(ranks, waited) or (self._lost(ranks) and waited > self.heart_limit):
             self._hang(waited)
+
+    def _is_hang(self, ranks: list[Seen], waited: float) -> bool:
+        """Whether this has taken too long, here and for all others.
+
+        One that gets on (it writes a large checkpoint) may be what this one waits for.
+        """
+        limit = self.limit(ranks)
+        others = [seen for seen in ranks if seen.state == "alive" and seen.beat.rank != self.rank]
+        return min([waited, *(seen.beat.since + seen.silent for seen in others)]) > limit
+
+    def _lost(self, ranks: list[Seen]) -> list[Seen]:
+        """Ranks without a sign of life; none where this one cannot give any (a full disk), for they cannot, either."""
+        if self._mute:
+            return []
+        return [seen for seen in ranks if seen.state in ("silent", "stopped") and seen.silent > self.heart_limit]
+
+    def limit(self, ranks: list[Seen]) -> float:
+        """Seconds that what is going on may take.
+
+        Args:
+            ranks: all that are heard of.
+        """
+        if self._exchanging and len(ranks) == self.world and all(_EXCHANGE in seen.beat.phase for seen in ranks):
+            return self.limits.limit("step")  # nobody is busy with anything else: it is a matter of the network
+        return self.limits.limit(self._work, self._of)
 
     def _over(self, ranks: list[Seen], now: float) -> bool:
         """Whether a peer has ended, and the main thread had time to notice."""
@@ -206,11 +258,20 @@ class Watchdog:
         self._lost_at = self._lost_at or now
         return now - self._lost_at > _FOLLOW_AFTER
 
-    def look(self) -> list[Seen]:
-        """All ranks that are heard of, as they are now, in order."""
+    @property
+    def _pause(self) -> float:
+        """Seconds between two looks at all ranks, when something has happened."""
+        return max(0.2, self.world / 500)
+
+    def look(self, at: range | None = None) -> list[Seen]:
+        """All ranks that are heard of, as they are now, in order.
+
+        Args:
+            at: which ones; all when left out.
+        """
         now = time.monotonic()
         found = [Seen(self._beat, 0.0, "alive")]
-        for rank in range(self.world):
+        for rank in at or range(self.world):
             if rank == self.rank or self.hearts is None:
                 continue
             beat, (known, since) = self.hearts.read(rank), self._peers.get(rank, (None, now))
@@ -263,7 +324,10 @@ class Watchdog:
 
     def _hang(self, waited: float) -> None:
         self.ending.set()
-        limit = min(self.limits.limit(self._work), self.heart_limit if waited > self.heart_limit else float("inf"))
+        ranks = self.look()
+        limit, key = self.limit(ranks), "dist_timeout" if self._work == "other" else "watchdog.step_limit"
+        if self._lost(ranks):
+            limit, key = self.heart_limit, "watchdog.heart_limit"
         with suppress(OSError):
             stacks.dump(self.run / "hang" / f"rank-{self.rank}.txt")
         place = stacks.main_place()
@@ -277,14 +341,14 @@ class Watchdog:
                 break
             seconds = time.monotonic() - began
             if (not lower and (seconds > _COLLECT or all(seen.beat.hang for seen in others))) or seconds > 3 * _COLLECT:
-                self._report(ranks, waited, limit)
+                self._report(ranks, waited, limit, key)
                 break
-            time.sleep(0.2)
+            time.sleep(self._pause)
             self._tell()
         self._end(LOST_CONTACT)
 
-    def _report(self, ranks: list[Seen], waited: float, limit: float) -> None:
-        advice = AGAIN if self.ends else "The run was left as it is."
+    def _report(self, ranks: list[Seen], waited: float, limit: float, key: str) -> None:
+        advice = f"{AGAIN if self.ends else 'The run was left as it is.'} If it only needs longer: {key}."
         text = hang_message(ranks, waited=waited, limit=limit, stacks=f"{self.run}/hang/rank-*.txt", advice=advice)
         print(text, file=sys.stderr, flush=True)
         with suppress(OSError):
@@ -294,8 +358,9 @@ class Watchdog:
     def _tell(self, **changes: Any) -> None:
         with self._lock:
             self._beat = self._beat.next(**changes)
-            if self.hearts is not None:
-                self.hearts.write(self._beat)
+        if self.hearts is not None:
+            with self._writing:
+                self._mute = not self.hearts.write(self._beat)
 
     def _end(self, code: int) -> None:
         """Ends this process from its side thread: the main thread may be where no exception gets to."""
@@ -329,24 +394,3 @@ def following(watchdog: Watchdog, first: Seen | None, ranks: list[Seen]) -> tupl
         f"outside, often because the host ran out of memory (dmesg tells), or its host is gone. {AGAIN}",
         code,
     )
-
-
-def end_now(code: int) -> NoReturn:
-    """Leaves without waiting for anybody; takes the node's temporary folder along."""
-    folder = tempfile.tempdir
-    if folder and os.environ.get("LOCAL_RANK", "0") == "0" and Path(folder).name.startswith("llmtrain-"):
-        shutil.rmtree(folder, ignore_errors=True)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def _launcher() -> int | None:
-    """The process that started this rank, if its end means that the run shall end; a shell's does not (nohup)."""
-    if "RANK" not in os.environ or "LOCAL_RANK" not in os.environ or os.getppid() <= 1:
-        return None
-    try:
-        name = Path(f"/proc/{os.getppid()}/comm").read_text().strip()
-    except OSError:
-        return None
-    return None if name.lstrip("-") in _SHELLS else os.getppid()

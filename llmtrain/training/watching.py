@@ -11,13 +11,18 @@ from composer.utils import dist
 from llmtrain.hf_model.model import HFCausalLM
 from llmtrain.model.mpt import MPT
 from llmtrain.recipe.recipe import Recipe
-from llmtrain.training.agreement import after_each_turn, from_all_ranks, from_rank_zero
+from llmtrain.training.agreement import after_each_turn, around_each_exchange, from_all_ranks, from_rank_zero
 from llmtrain.training.environment import say
 from llmtrain.training.heartbeat import HEARTBEATS, Heartbeats
 from llmtrain.training.step_limits import FLOOR, FLOOR_COMPILED, StepLimits, Work
 from llmtrain.training.step_times import StepTimes
 from llmtrain.training.watchdog import Watchdog
 
+CROWD = 64
+"""In runs of more ranks, one of each machine looks at all others; the rest see to those of their own machine."""
+ALONE = 6
+"""For a rank that nobody waits for, `dist_timeout` means nothing else: it may take so many times that, such as to
+download a model or to tokenize a data set."""
 _SHARED = ".shared"
 _current: Watchdog | None = None
 _is_rank = False
@@ -44,20 +49,27 @@ def start(recipe: Recipe) -> Watchdog | None:
     if recipe.watchdog is None or not _is_rank or _current is not None:
         return _current
     run = Path("runs") / recipe.run_name
+    world = dist.get_world_size()
+    first = dist.get_global_rank() - dist.get_local_rank()
+    near = range(first, first + dist.get_local_world_size())
     compiles = recipe.compile_config is not None and not recipe.compile_config.disable
     _current = Watchdog(
         _hearts(run),
         run,
         StepLimits(
-            recipe.watchdog.step_limit, patience=recipe.dist_timeout, floor=FLOOR_COMPILED if compiles else FLOOR
+            recipe.watchdog.step_limit,
+            patience=recipe.dist_timeout * (1 if world > 1 else ALONE),
+            floor=FLOOR_COMPILED if compiles else FLOOR,
         ),
         rank=dist.get_global_rank(),
-        world=dist.get_world_size(),
+        world=world,
         heart_limit=recipe.watchdog.heart_limit,
         ends=True,
+        near=near if world > CROWD and dist.get_local_rank() > 0 else None,
     )
     _current.start()
     after_each_turn.append(_current.turned)
+    around_each_exchange.append(_current.exchanges)
     return _current
 
 
@@ -66,6 +78,7 @@ def stop() -> None:
     global _current
     if _current is not None:
         after_each_turn.remove(_current.turned)
+        around_each_exchange.remove(_current.exchanges)
         _current.stop()
         _current = None
 
@@ -149,10 +162,12 @@ class Watch(Callback):  # type: ignore[misc]
         self._begin(f"evaluation {state.dataloader_label}")
 
     def eval_batch_start(self, state: State, logger: Logger) -> None:
-        self._begin(f"evaluation {state.dataloader_label}", "evaluation")
+        self._began = time.monotonic()
+        label = str(state.dataloader_label)
+        self.watchdog.begins(f"evaluation {label}", "evaluation", label)
 
     def eval_batch_end(self, state: State, logger: Logger) -> None:
-        self.watchdog.finished("evaluation", time.monotonic() - self._began)
+        self.watchdog.finished("evaluation", time.monotonic() - self._began, str(state.dataloader_label))
         self._begin(f"evaluation {state.dataloader_label}")
 
     def fit_end(self, state: State, logger: Logger) -> None:

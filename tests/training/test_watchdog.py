@@ -2,8 +2,10 @@
 
 import multiprocessing
 import os
+import re
 import signal
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -66,13 +68,17 @@ def test_limits_come_from_what_was_finished() -> None:
     assert limits.limit("step") == 600
     for _ in range(3):
         limits.finished("step", 0.1)
-    assert limits.limit("step") == 60
+    assert limits.limit("step") == 50
     assert limits.limit("evaluation") == limits.limit("other") == 600
     for _ in range(20):
         limits.finished("step", 10.0)
     assert limits.limit("step") == 200
     assert StepLimits(5, patience=600).limit("step") == 5
     assert StepLimits(5, patience=600).limit("other") == 600
+    for _ in range(3):
+        limits.finished("evaluation", 0.01, "eval")
+    assert limits.limit("evaluation", "eval") == 50
+    assert limits.limit("evaluation", "mmlu/5-shot") == 600  # one batch is a whole task
 
 
 def test_beats_are_whole_or_not_there(tmp_path: Path) -> None:
@@ -230,6 +236,109 @@ def test_a_peer_that_failed_ends_a_rank_that_cannot_notice(tmp_path: Path) -> No
     assert log.count("ended       after step 57, because rank 1 failed: no memory") == 1, log
 
 
+def watchdog(tmp_path: Path, hearts: Heartbeats | None = None, **changes: Any) -> Watchdog:
+    """Rank 0, whose thread is not started; `limit` is for all that it does."""
+    settings = {"rank": 0, "world": 2, "heart_limit": 40, "ends": False, **changes}
+    limits = StepLimits(None, patience=settings.pop("limit", 600))
+    return Watchdog(hearts or Heartbeats(tmp_path), tmp_path, limits, **settings)
+
+
+def waits(watching: Watchdog, seconds: float, **silent: float) -> bool:
+    """Whether it calls it a hang after so many seconds; `rank_1=50`: without a sign of life of rank 1 for 50."""
+    watching.look()
+    now = time.monotonic()
+    watching._since = now - seconds
+    for name, since in silent.items():
+        rank = int(name.removeprefix("rank_"))
+        watching._peers[rank] = (watching._peers[rank][0], now - since)
+    watching._tick(now)
+    return watching.ending.is_set()
+
+
+def test_a_rank_that_gets_on_is_waited_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as one that writes a large checkpoint, in a rank whose own limit has passed."""
+    monkeypatch.setattr("llmtrain.training.watchdog._COLLECT", 0.1)
+    hearts = Heartbeats(tmp_path)
+    hearts.write(beat(1, since=2.0))
+    assert not waits(watchdog(tmp_path), 700)
+    assert capsys.readouterr().err == ""
+    hearts.write(beat(1, since=700.0))
+    assert waits(watchdog(tmp_path), 700)
+    assert "the limit is 600 s" in (report := capsys.readouterr().err)
+    assert report.rstrip().endswith("If it only needs longer: dist_timeout.")
+
+
+def test_on_a_full_disk_no_rank_counts_as_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hearts = Heartbeats(tmp_path)
+    hearts.write(beat(1))
+    (tmp_path / ".rank-0").mkdir()  # where this rank writes first
+    assert not hearts.write(beat(0))
+    assert not waits(watchdog(tmp_path), 50, rank_1=50)
+    (tmp_path / ".rank-0").rmdir()
+    assert waits(watchdog(tmp_path), 50, rank_1=50)
+    assert "error (rank 1, after step 57): the run waits for it: its heart stopped 50 s ago" in (
+        report := capsys.readouterr().err
+    )
+    assert "the limit is 40 s" in report
+    assert report.rstrip().endswith("If it only needs longer: watchdog.heart_limit.")
+
+
+class Slow(Heartbeats):
+    """A folder that hangs."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.mended, self.entered = threading.Event(), threading.Event()
+
+    def write(self, beat: Beat) -> bool:
+        self.entered.set()
+        self.mended.wait(30)
+        return True
+
+
+def test_training_does_not_wait_for_a_folder_that_hangs(tmp_path: Path) -> None:
+    hearts = Slow(tmp_path)
+    watching = watchdog(tmp_path, hearts)
+    teller = threading.Thread(target=watching._tick, args=(time.monotonic(),))
+    teller.start()
+    assert hearts.entered.wait(30)
+    training = threading.Thread(target=watching.begins, args=("step 58", "step"))
+    training.start()
+    training.join(5)
+    waited = training.is_alive()
+    hearts.mended.set()
+    teller.join()
+    assert not waited
+
+
+class Counting(Heartbeats):
+    """Knows who was looked at."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.read_of: list[int] = []
+
+    def read(self, rank: int) -> Beat | None:
+        self.read_of.append(rank)
+        return super().read(rank)
+
+
+def test_a_thousand_ranks_do_not_read_a_thousand_files_each(tmp_path: Path) -> None:
+    hearts = Counting(tmp_path)
+    crowd = {"world": 1000, "rank": 17, "near": range(16, 24)}
+    watching = watchdog(tmp_path, hearts, heart_limit=6, **crowd)
+    assert watching.heart_limit == 30  # a beat comes every ten seconds
+    watching._since -= 20
+    watching._tick(time.monotonic())
+    assert hearts.read_of == [16, 18, 19, 20, 21, 22, 23]
+    hearts.read_of.clear()
+    watching._since -= 600
+    watching._tick(time.monotonic())
+    assert len(set(hearts.read_of)) == 999
+
+
 def test_a_failure_that_comes_again_gives_its_exit_code_to_all(tmp_path: Path) -> None:
     watchdog = Watchdog(None, tmp_path, StepLimits(None, patience=9), rank=0, world=2, heart_limit=40, ends=False)
     failed = Seen(beat(1, failure="train_loader: no such shard", code=2, ended="failed"), 1.0, "gone")
@@ -238,6 +347,36 @@ def test_a_failure_that_comes_again_gives_its_exit_code_to_all(tmp_path: Path) -
     assert "because rank 1 failed: train_loader: no such shard" in message
     crashed = Seen(beat(1, failure="crash", code=1, ended="failed"), 1.0, "gone")
     assert following(watchdog, crashed, [Seen(beat(0), 0.0, "alive"), crashed])[1] == LOST_CONTACT
+
+
+def test_ranks_that_have_all_come_to_an_exchange_wait_for_the_network(tmp_path: Path) -> None:
+    """After a step a rank may be busy for long (it saves), and the others wait for it; a cut shall be named before."""
+    limits = StepLimits(None, patience=600)
+    for _ in range(3):
+        limits.finished("step", 0.1)
+    hearts = Heartbeats(tmp_path)
+    watchdog = Watchdog(hearts, tmp_path, limits, rank=0, world=2, heart_limit=40, ends=False)
+    watchdog.begins("after step 57")
+    watchdog.exchanges(True)
+    assert watchdog.limit(watchdog.look()) == 600  # of the other nothing is known
+    hearts.write(beat(1, phase="after step 57"))
+    assert watchdog.limit(watchdog.look()) == 600
+    hearts.write(beat(1, count=1, phase="after step 57: ranks exchange numbers"))
+    assert watchdog.limit(watchdog.look()) == 50
+    watchdog.exchanges(False)
+    assert watchdog.limit(watchdog.look()) == 600
+
+
+def test_the_rank_that_is_left_says_whose_host_is_gone(tmp_path: Path) -> None:
+    """Of a process on another host nothing can be looked up: its connection is closed, and its heart has stopped."""
+    hearts = Heartbeats(tmp_path)
+    hearts.write(beat(0))
+    watchdog = Watchdog(hearts, tmp_path, StepLimits(None, patience=9), rank=1, world=2, heart_limit=40, ends=False)
+    watchdog.interval = 0.05
+    message, code = following(watchdog, *watchdog.first_cause(1.5))
+    who = r"error \(rank 0, after step 57\): rank 0 \(host-0, pid 100\)"
+    assert re.match(who + r": its heart stopped [12] s ago\. It was ended from outside", message), message
+    assert code == LOST_CONTACT
 
 
 def launcher_main(folder: str) -> None:
