@@ -62,6 +62,13 @@ class Report:
     gradient_norms: dict[str, float] = field(default_factory=dict)
     last_checkpoint: str | None = None
 
+    def written(self, run: Path) -> str:
+        """Replaces the step's file in one step, and says where it is; or why not: no report is worth a run."""
+        try:
+            return f"the full report: {self.write(run)}"
+        except OSError as error:
+            return f"the full report was not written: {error.strerror or error}: {run / FOLDER}"
+
     def write(self, run: Path) -> Path:
         """Replace the step's file in one step."""
         content = asdict(self)
@@ -70,8 +77,8 @@ class Report:
         write_json(file, _strict(content))
         return file
 
-    def lines(self, file: Path) -> list[str]:
-        """The short version."""
+    def lines(self, written: str) -> list[str]:
+        """The short version; it ends with what `written` has said."""
         lines = [f"step {self.step}: {self.problem}"]
         lines += [self._of(batch) for batch in self.micro_batches[:MOST]]
         if len(self.micro_batches) > MOST:
@@ -88,7 +95,7 @@ class Report:
             lines.append(self.search_note)
         lines.append(self._norms())
         lines.append(self.decision)
-        lines.append(f"the full report: {file}")
+        lines.append(written)
         return [line for line in lines if line]
 
     def _of(self, batch: MicroBatch) -> str:

@@ -16,7 +16,7 @@ from torch.nn.utils import get_total_norm
 
 from llmtrain.checkpoint.resolve import CheckpointInfo, checkpoints_in, first_intact
 from llmtrain.errors import UserError
-from llmtrain.training import bad_step_search, skipped_steps
+from llmtrain.training import bad_step_search, skipped_steps, watching
 from llmtrain.training.agreement import from_rank_zero
 from llmtrain.training.bad_step_report import MicroBatch, Report, gradient_norms, some
 from llmtrain.training.bad_step_search import Seen
@@ -155,6 +155,7 @@ class BadSteps(Callback):  # type: ignore[misc]
         return _Measured(int(losses_sum), gradients_sum > 0, nats / tokens if tokens else None)
 
     def _not_finite(self, state: State, logger: Logger, step: int, found: _Measured) -> None:
+        _takes_its_time(step)
         weights = _all_names(_bad_weights(state))
         if weights:
             problem = f"{len(weights)} weights are not finite before this step"
@@ -182,6 +183,7 @@ class BadSteps(Callback):  # type: ignore[misc]
     def _spike(self, state: State, logger: Logger, spike: Spike) -> None:
         cfg = self.cfg.loss_spike
         assert cfg is not None
+        _takes_its_time(spike.last)
         used = len(self.rewinds) + self.skipped["loss_spike"]
         place: CheckpointInfo | None = None
         first = max(1, spike.first - cfg.skip_before)
@@ -267,8 +269,8 @@ class BadSteps(Callback):  # type: ignore[misc]
             )
         return report
 
-    def _write(self, report: Report) -> None:
-        from_rank_zero(lambda: report.write(self.run))
+    def _write(self, report: Report) -> str:
+        return from_rank_zero(lambda: report.written(self.run))
 
     def _end(self, report: Report, *, stops: bool, word: str = "bad step") -> None:
         """Writes the report, says its short version, and stops or goes on."""
@@ -276,8 +278,7 @@ class BadSteps(Callback):  # type: ignore[misc]
             last = report.last_checkpoint
             kept = f"the last checkpoint is {last}, before this step" if last else "there is no checkpoint"
             report.decision += f". The update was not applied; {kept}"
-        file = from_rank_zero(lambda: report.write(self.run))
-        lines = report.lines(file)
+        lines = report.lines(self._write(report))
         if stops:
             raise BadStep("\n            ".join([f"{lines[0]}", *lines[1:]]))
         say_each([f"{word:<12}{lines[0]}", *(f"{'':<12}{line}" for line in lines[1:])])
@@ -294,6 +295,12 @@ class _Decision(Algorithm):  # type: ignore[misc]
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         self.guard.decide(state, logger)
+
+
+def _takes_its_time(step: int) -> None:
+    """What follows is no step any more: it waits for a save, hashes a checkpoint, runs micro-batches again."""
+    if (watchdog := watching.current()) is not None:
+        watchdog.begins(f"bad step {step}")
 
 
 def _bad_weights(state: State) -> list[str]:

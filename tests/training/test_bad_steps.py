@@ -142,6 +142,27 @@ def test_killed_runs_that_go_back_are_the_same_bit_for_bit(
     assert finished.metrics(SKIPPED) == rewound.metrics(SKIPPED)
 
 
+@pytest.mark.long  # it waits
+def test_a_way_back_that_takes_its_time_is_no_hang(corpus: TinyCorpus, tmp_path: Path) -> None:
+    """A checkpoint of a large model is not hashed, and no save of it waited for, within the limit of a step."""
+    code = sabotage(tmp_path / "code.py", "loss", 9, last_step=10, factor=4.0)
+    slow = """
+import time
+from llmtrain.training import bad_steps
+verify = bad_steps.verify_together
+
+def slowly(checkpoint):
+    time.sleep(12)
+    return verify(checkpoint)
+
+bad_steps.verify_together = slowly
+"""
+    code.write_text(code.read_text() + slow)
+    finished = run(corpus, tmp_path, code, watchdog={"step_limit": 6}, **REWIND)
+    assert finished.codes == (0, 0), finished.output
+    assert "; going back to ep0-ba6, leaving out steps 8-11" in finished.output
+
+
 @pytest.mark.long
 def test_skips_are_counted_over_resumes_and_bounded(corpus: TinyCorpus, tmp_path: Path) -> None:
     code = sabotage(tmp_path / "code.py", "output", 4, last_step=7, module=BLOCK, kills=["step-6"])
