@@ -51,6 +51,8 @@ def certify_command(
         UserError: the recipe cannot be certified: it has mistakes, is too large, or does not train.
     """
     options = Options(ranks, kills, seed, _numbers(other_ranks))
+    if not kills and not options.other_ranks:
+        raise UserError("--kills 0 --other-ranks none: nothing would be tried, so nothing would be proved.")
     if steps < FEWEST_STEPS:
         raise UserError(f"--steps {steps}: at least {FEWEST_STEPS} are needed.")
     stem = Path(f"certificate-{recipe.stem}") if output is None else output

@@ -118,6 +118,8 @@ class Starter:
             if killed and point is not None:
                 _kill(processes, point.rank)
                 watch.look()
+                # It may have ended by itself in this very moment; a crash of its own must not pass for a kill.
+                killed = -signal.SIGKILL in processes.codes
             else:
                 watch.until_end()
             kill = _seen(self.run, point, watch, ranks) if killed and point is not None else None

@@ -114,6 +114,11 @@ class Trial:
                 f"{len(segment.rows)} of {self.what.steps} steps were recorded: the run ended early. "
                 f"It said:\n{_end_of(segment.output)}"
             )
+        if not all(samples for row in segment.rows for samples in row["samples"]):
+            raise UserError(
+                "its batches do not say which samples they are made of (key `sample_id`), so that the order of the "
+                "data cannot be compared. A loader of your own has to give it (llmtrain/data/batch.py)."
+            )
         self.certificate.losses[name] = _losses(segment.rows)
         return {int(row["step"]): row for row in segment.rows}
 
@@ -174,6 +179,11 @@ class Trial:
             segment = starter.start(number, _always(point), batch or ())
             self.certificate.elastic_ranks.append(number)
             self._checked(segment, whole, elastic=True)
+            if not segment.rows:
+                self.certificate.problem = (
+                    f"no step was trained {self._doing}, so nothing is proved of that: more --steps."
+                )
+                raise Failed
             rows += segment.rows
         self.certificate.losses["elastic"] = _losses(rows)
         self.certificate.largest_loss_difference = largest_loss_difference(whole, rows)
