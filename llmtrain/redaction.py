@@ -18,10 +18,11 @@ SHORTEST = 8
 """Values of environment variables with fewer characters are not searched for: too many words contain them."""
 
 _SECRET_KEY = re.compile(
-    r"(^|[_\-.])(api_?key|access_?key|account_?key|private_?key|signing_?key|secret(_?key)?|password|passwd|passphrase|"
-    r"credentials?|connection_?string|authorization|bearer|(?P<token>token))$",
+    r"(^|[_\-.])((api|access|account|private|signing|storage)[_\-]?key|secret([_\-]?key)?|password|passwd|passphrase|"
+    r"credentials?|connection[_\-]?string|authorization|bearer|(?P<token>token))$",
     re.I,
 )
+_NEW_WORD = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 _TEXT_TOKEN = re.compile(
     r"(^|_)(eos|bos|pad|unk|sep|cls|mask|eot|eod|eoi|boi|prefix|suffix|middle|stop|image|audio|video|special|extra)"
     r"_token$",
@@ -34,8 +35,12 @@ _SECRET_VARIABLE = re.compile(
     r"PRIVATE_?KEY|SECRET_?KEY|SECRET_ACCESS_KEY|CONNECTION_STRING|CREDENTIALS?|SAS|SAS_TOKEN|AUTH)$",
     re.I,
 )
-_USER_IN_URL = re.compile(r"(?<=://)[^/\s@'\"<>?#]+@")
-_PASSWORD_IN_URL = re.compile(r"(\w+://[^:/@\s]+):[^@/\s]+@")
+_PATHS = re.compile(r"CREDENTIALS?$", re.I)
+"""Variables of those that mostly hold a path."""
+_PASSWORD = r":(?!\d*(?:/|$))(?:[^/\s'\"<>]+|[^\s@'\"<>]+)@"
+"""With an `@` or a slash in it, too, which nobody has escaped; a port and a path with an `@` are none."""
+_USER_IN_URL = re.compile(rf"(?<=://)(?:[^/\s@'\"<>?#:\[]+{_PASSWORD}|[^/\s'\"<>?#]+@)")
+_PASSWORD_IN_URL = re.compile(rf"(\w+://[^:/@\s\[]+){_PASSWORD}")
 _SIGNATURE = re.compile(
     r"(?<=[?&;])((?:sig|signature|x-amz-signature|x-amz-security-token|x-amz-credential|x-goog-signature|"
     r"x-goog-credential|awsaccesskeyid|googleaccessid|[\w\-]*(?:token|password|passwd|secret|api_?key))=)[^&\s'\"<>#]+",
@@ -78,14 +83,39 @@ def redact_arguments(arguments: Sequence[str]) -> list[str]:
     out = []
     for argument in arguments:
         found = _ASSIGNMENT.fullmatch(argument)
-        if found is not None and names_a_secret(found["key"].rpartition(".")[2].lstrip("-")):
-            argument = f"{found['key']}={MASK}"
+        if found is not None:
+            argument = f"{found['key']}={_redact_value(found['value'], found['key'].rpartition('.')[2].lstrip('-'))}"
         out.append(redact_text(argument))
     return out
 
 
+def _redact_value(value: str, key: str) -> str:
+    """What stands behind `key=`, which is YAML and may have keys of its own."""
+    if names_a_secret(key):
+        return MASK
+    if not any(sign in value for sign in "{:"):
+        return value
+    from llmtrain.config.safe_yaml import YAMLMistake, parse_yaml
+
+    try:
+        parsed = parse_yaml(value, key)
+    except YAMLMistake:
+        return value
+    masked = redact(parsed)
+    return value if masked == parsed or not isinstance(parsed, (dict, list)) else json.dumps(masked, ensure_ascii=False)
+
+
+def redact_variables(variables: Mapping[str, str]) -> dict[str, str]:
+    """Variables of an environment, to be shown: judged by their names, as those of this process are."""
+    return {
+        name: MASK if value and (names_a_secret(name) or _is_secret(name, value)) else redact_text(value)
+        for name, value in variables.items()
+    }
+
+
 def names_a_secret(key: str) -> bool:
     """Whether what stands under a key of that name is a secret."""
+    key = _NEW_WORD.sub("_", key)  # accessToken
     found = _SECRET_KEY.search(key)
     return found is not None and not (found["token"] and _TEXT_TOKEN.search(key))
 
@@ -121,12 +151,17 @@ def _known() -> tuple[str, ...]:
 
 
 def _is_secret(name: str, value: str) -> bool:
-    """By its name; a path is where a secret lies, and not the secret."""
-    return _SECRET_VARIABLE.search(name) is not None and not value.startswith(("/", "~/", "./"))
+    """By its name; a path is where a secret lies, and not the secret. Keys of AWS may begin with a slash, too."""
+    if _SECRET_VARIABLE.search(name) is None:
+        return False
+    is_path = value.startswith(("/", "~/", "./"))
+    return not (is_path and (_PATHS.search(name) is not None or os.path.exists(os.path.expanduser(value))))  # noqa: PTH110, PTH111  # not for each line a Path
 
 
 def _spellings(value: str) -> Iterator[str]:
     yield value
+    if "\n" in value:  # a key in PEM, printed line by line
+        yield from (line for line in value.splitlines() if len(line) >= 2 * SHORTEST and not line.startswith("-----"))
     yield quote(value, safe="")
     yield json.dumps(value)[1:-1]
     yield repr(value)[1:-1]

@@ -12,13 +12,18 @@ from llmtrain.redaction import (
     redact,
     redact_arguments,
     redact_text,
+    redact_variables,
     without_masked,
     without_password,
 )
 
 
 @pytest.mark.parametrize(
-    "key", ["api_key", "WANDB_API_KEY", "token", "hf_token", "aws_secret_access_key", "password", "secret"]
+    "key",
+    [
+        *("api_key", "WANDB_API_KEY", "token", "hf_token", "aws_secret_access_key", "password", "secret"),
+        *("X-Api-Key", "accessToken", "wandbApiKey", "secret-key", "connection-string", "clientSecret"),
+    ],
 )
 def test_values_under_secret_names_are_masked(key: str) -> None:
     assert redact({"a": [{key: "planted"}]}) == {"a": [{key: MASK}]}
@@ -26,6 +31,52 @@ def test_values_under_secret_names_are_masked(key: str) -> None:
 
 def test_passwords_in_urls_are_masked() -> None:
     assert redact(["sftp://me:planted@host:22/x"]) == [f"sftp://{MASK}@host:22/x"]
+
+
+@pytest.mark.parametrize("password", ["plan@ted", "plan/ted", "p:lan/ted", "plan@te@d", "plan?ted#"])
+def test_passwords_that_nobody_escaped_are_masked(password: str) -> None:
+    assert redact_text(f"see sftp://me:{password}@host:22/x.") == f"see sftp://{MASK}@host:22/x."
+    assert without_password(f"see sftp://me:{password}@host:22/x.") == f"see sftp://me:{MASK}@host:22/x."
+
+
+@pytest.mark.parametrize(
+    "url", ["https://host:9000/data@v1", "s3://bucket/a@b", "https://host:80", "http://[::1]:80/a@b", "hf://a/b@main"]
+)
+def test_what_only_looks_like_a_password_stays(url: str) -> None:
+    assert redact_text(url) == without_password(url) == url
+
+
+def test_keys_that_look_like_paths_are_masked_and_paths_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One AWS key of 64 begins with a slash."""
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "/planted+aws/key")
+    (tmp_path / "token").touch()
+    monkeypatch.setenv("MY_TOKEN", str(tmp_path / "token"))
+    assert redact_text(f"a /planted+aws/key b {tmp_path}/token") == f"a {MASK} b {tmp_path}/token"
+
+
+def test_a_key_of_several_lines_is_known_by_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEPLOY_PRIVATE_KEY", "-----BEGIN KEY-----\nplanted0planted0planted\nend\n-----END KEY-----\n")
+    assert redact_text("a planted0planted0planted b -----BEGIN KEY----- end") == f"a {MASK} b -----BEGIN KEY----- end"
+
+
+def test_blocks_among_arguments_are_looked_into() -> None:
+    given = [
+        "loggers={wandb: {init_kwargs: {api_key: planted, notes: a}}}",
+        "a=[{token: planted}]",
+        "b={c: d}",
+        "e={{:",
+    ]
+    masked = ['loggers={"wandb": {"init_kwargs": {"api_key": "***", "notes": "a"}}}', 'a=[{"token": "***"}]']
+    assert redact_arguments(given) == [*masked, "b={c: d}", "e={{:"]
+
+
+def test_variables_to_be_shown_are_judged_by_their_names() -> None:
+    given = {"MY_PASS": "planted!", "AWS_ACCESS_KEY_ID": "planted0", "A": "https://me:planted@h", "EMPTY_TOKEN": ""}
+    assert redact_variables(given) == {
+        **{"MY_PASS": MASK, "AWS_ACCESS_KEY_ID": MASK, "A": f"https://{MASK}@h", "EMPTY_TOKEN": ""}
+    }
 
 
 def test_ordinary_recipe_keys_stay() -> None:
@@ -36,7 +87,9 @@ def test_ordinary_recipe_keys_stay() -> None:
     assert redact(ordinary) == ordinary
 
 
-@pytest.mark.parametrize("key", ["eos_token", "pad_token", "additional_special_tokens", "tokens", "n_token_ids"])
+@pytest.mark.parametrize(
+    "key", ["eosToken", "maxTokens", "eos_token", "pad_token", "additional_special_tokens", "tokens", "n_token_ids"]
+)
 def test_the_tokens_of_a_tokenizer_are_no_secrets(key: str) -> None:
     assert redact({key: "<|endoftext|>"}) == {key: "<|endoftext|>"}
 
