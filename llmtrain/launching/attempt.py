@@ -15,6 +15,7 @@ from llmtrain.launching.family import Death, Family
 
 _COMPOSER_SAYS = re.compile(r"Rank (\d+) crashed with exit code (-?\d+)\.")
 _PORT_TAKEN = re.compile(r"EADDRINUSE|address already in use", re.IGNORECASE)
+_WHICH_PORT = re.compile(r"port: (\d+)")
 _LONGEST_LINE = 1 << 16
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -28,6 +29,8 @@ class Attempt:
         deaths: ranks that ended, in the order in which that was seen.
         overdue: it was asked to end, did not in time, and was killed.
         port_taken: a rank could not listen where it should.
+        ports_taken: which ports those were, where it was said.
+        left: processes that did not end, not even by SIGKILL.
         seconds: how long it took.
     """
 
@@ -35,6 +38,8 @@ class Attempt:
     deaths: list[Death] = field(default_factory=list)
     overdue: bool = False
     port_taken: bool = False
+    ports_taken: set[int] = field(default_factory=set)
+    left: list[int] = field(default_factory=list)
     seconds: float = 0.0
 
 
@@ -47,8 +52,9 @@ class Requests:
 
     @contextlib.contextmanager
     def listen(self) -> Iterator["Requests"]:
-        """Takes SIGTERM, SIGINT and SIGHUP over for a while."""
-        before = {signum: signal.signal(signum, self._handle) for signum in _SIGNALS}
+        """Takes SIGTERM, SIGINT and SIGHUP over for a while, but for what is to be ignored (nohup, `&` in a script)."""
+        wanted = [signum for signum in _SIGNALS if signal.getsignal(signum) is not signal.SIG_IGN]
+        before = {signum: signal.signal(signum, self._handle) for signum in wanted}
         try:
             yield self
         finally:
@@ -108,8 +114,9 @@ class Runner:
                 break
         if (family.code or 0) >= 0:  # a launcher that was killed itself went before its ranks
             self._note([*family.deaths(), *output.crashed], attempt)
-        family.end(patience=2.0 if attempt.overdue else 10.0, meanwhile=output.read)
-        attempt.code = family.launcher.wait()
+        attempt.left = family.end(patience=2.0 if attempt.overdue else 10.0, meanwhile=output.read)
+        code = family.code if attempt.left else family.launcher.wait()
+        attempt.code = -signal.SIGKILL if code is None else code
         output.read()
         output.close()
         family.close()
@@ -185,6 +192,8 @@ class _Output:
     def _look_at(self, line: str) -> None:
         if _PORT_TAKEN.search(line):
             self.attempt.port_taken = True
+            if (port := _WHICH_PORT.search(line)) is not None:
+                self.attempt.ports_taken.add(int(port[1]))
         if (match := _COMPOSER_SAYS.search(line)) is not None:
             self.crashed.append(Death(int(match[1]), int(match[2])))
 
@@ -193,4 +202,5 @@ def _write(data: bytes) -> None:
     # Whoever reads our messages may be gone (a terminal that was closed); the run goes on.
     with contextlib.suppress(OSError, ValueError):
         sys.stderr.flush()
-        os.write(2, data)
+        while data:  # a signal ends a write early
+            data = data[os.write(2, data) :]

@@ -12,7 +12,7 @@ from llmtrain import trust
 from llmtrain.errors import UserError
 from llmtrain.launching.devices import count_gpus
 from llmtrain.launching.kubernetes import KubernetesOptions, manifest
-from llmtrain.launching.network import address_towards, interface_of, is_own
+from llmtrain.launching.network import address_for_others, interface_of, is_own
 from llmtrain.launching.plan import VERDICT, LaunchPlan, check_ranks, shell
 from llmtrain.launching.rank import ELASTIC
 from llmtrain.launching.slurm import SlurmOptions, script, submit
@@ -21,7 +21,7 @@ from llmtrain.launching.variables import parse_variables
 from llmtrain.recipe.check import summary
 from llmtrain.recipe.load import load_recipe
 from llmtrain.recipe.recipe import Recipe
-from llmtrain.redaction import redact_arguments
+from llmtrain.redaction import redact_arguments, redact_variables
 
 SCHEDULERS = ("local", "torchrun", "slurm", "kubernetes")
 GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
@@ -87,6 +87,7 @@ def launch_command(path: Path, overrides: Sequence[str], options: Options) -> in
     recipe = load_recipe(path, overrides)
     plan = _plan(path, overrides, options, recipe)
     _check_trust(recipe)
+    _check_restarts(recipe, scheduler, options)
     notes = check_ranks(recipe, plan)
     if not options.only_print:
         for line in (*summary(recipe), *notes):
@@ -138,7 +139,10 @@ def _check_options(options: Options) -> str:
 def _plan(path: Path, overrides: Sequence[str], options: Options, recipe: Recipe) -> LaunchPlan:
     gpus = options.gpus_per_node
     counted = count_gpus() if gpus is None else 0
-    environment = {**parse_variables(options.variables), **({trust.VARIABLE: "1"} if trust.trusted() else {})}
+    variables = parse_variables(options.variables)
+    if taken := [key for key in variables if of_a_launch(key)]:
+        raise UserError(f"--env: {taken[0]} is the launcher's to set, for each rank")
+    environment = {**variables, **({trust.VARIABLE: "1"} if trust.trusted() else {})}
     return LaunchPlan(
         recipe=path,
         overrides=tuple(overrides),
@@ -162,12 +166,21 @@ def _check_trust(recipe: Recipe) -> None:
         raise UserError(f"the recipe would run code:\n  {named}\nRead it, and if you trust it, give {trust.FLAG}.")
 
 
+def _check_restarts(recipe: Recipe, scheduler: str, options: Options) -> None:
+    if recipe.save_overwrite and (options.max_restarts > 0 or scheduler in ("slurm", "kubernetes")):
+        once = "" if scheduler in ("slurm", "kubernetes") else ", or give --max-restarts 0"
+        raise UserError(
+            "save_overwrite: true begins the run anew at each restart, and deletes what it had saved before. Leave it "
+            f"out and take another run_name (or remove the checkpoints of the run before){once}."
+        )
+
+
 def _local(plan: LaunchPlan, recipe: Recipe, options: Options) -> int:
     command, extra = plan.composer(), dict(plan.environment)
     if options.only_print:
-        print(shell(command, extra))
+        print(_shown(command, extra))
         return 0
-    say(shell(redact_arguments(command), extra))
+    say(_shown(command, extra))
     return supervise(_job(plan, recipe, options, program(command), inherited(extra)))
 
 
@@ -184,18 +197,17 @@ def _several_hosts(plan: LaunchPlan, recipe: Recipe, options: Options) -> int:
         _print_for_all(plan, shared)
         return 0
     host, port = plan.endpoint()
-    address = options.local_addr or address_towards(host, port)
+    address = options.local_addr or address_for_others(host, port)
     extra = {**shared, **_interface(address)}
     if not composer:
         extra.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(int(options.grace)))
         command = _with_local_address(plan, command, address)
-    say(f"on this host: {shell(redact_arguments(command), extra)}")
+    say(f"on this host: {_shown(command, extra)}")
     if options.nodes > 1:
         say(f"{options.nodes - 1} other host(s): the same llmtrain launch" + (", numbered" if composer else ""))
-    job = _job(plan, recipe, options, program(command), inherited(extra))
+    job = replace(_job(plan, recipe, options, program(command), inherited(extra)), port=port or None)
     if composer:
         return supervise(job)
-    _verdict(plan).parent.mkdir(parents=True, exist_ok=True)
     return supervise(replace(job, elastic=True, verdict=_verdict(plan)))
 
 
@@ -203,11 +215,16 @@ def _print_for_all(plan: LaunchPlan, shared: Mapping[str, str]) -> None:
     host, _ = plan.endpoint()
     elastic = f", {plan.min_nodes} of them at least" if plan.is_elastic else ""
     print(f"# on each of {plan.nodes} hosts{elastic}; {host} must be one of them:")
-    print(shell(plan.torchrun(), shared))
+    print(_shown(plan.torchrun(), shared))
     if plan.nodes > 1 and not plan.is_elastic:
         print(f"# or by Composer's launcher, which restarts nothing; {host} is the first:")
         for rank in range(plan.nodes):
-            print(shell(plan.composer(rank), plan.environment))
+            print(_shown(plan.composer(rank), plan.environment))
+
+
+def _shown(command: Sequence[str], variables: Mapping[str, str]) -> str:
+    """A command as one types it, but without secrets: what is printed ends up in logs."""
+    return shell(redact_arguments(command), redact_variables(variables))
 
 
 def _with_local_address(plan: LaunchPlan, command: list[str], address: str | None) -> list[str]:
@@ -254,8 +271,12 @@ def _job(
 
 
 def _verdict(plan: LaunchPlan) -> Path:
-    """Beside the run's folder: a rank may end before there is one. All hosts see it where they share the disk."""
-    return Path("runs").absolute() / f".{plan.run_name}.verdict"
+    """Beside the run's folder: a rank may end before there is one. All hosts see it where they share the disk.
+
+    Each launch has its own: one by mistake, of a run that is going on, must not end that one's next restart.
+    """
+    launch = plan.endpoint()[1] or f"pid{os.getpid()}"
+    return Path("runs").absolute() / f".{plan.run_name}.{launch}.verdict"
 
 
 def program(command: Sequence[str]) -> list[str]:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import psutil  # type: ignore[import-untyped]
 
 _LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+UNKILLABLE = 60.0
+"""Seconds after which a process that was sent SIGKILL counts as one that waits in the kernel, perhaps for ever."""
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
@@ -133,16 +135,21 @@ class Family:
         if self.launcher.poll() is None:
             self.launcher.send_signal(signum)
 
-    def end(self, patience: float = 10.0, meanwhile: Callable[[], None] = lambda: None) -> None:
+    def end(self, patience: float = 10.0, meanwhile: Callable[[], None] = lambda: None) -> list[int]:
         """Nobody of the family is left: SIGTERM, and SIGKILL after `patience` seconds.
 
         Args:
             patience: seconds.
             meanwhile: called while it waits (who prints must be read, or it waits for its reader).
+
+        Returns:
+            The processes that are still there `UNKILLABLE` seconds after SIGKILL; usually none.
         """
         deadline = time.monotonic() + patience
         asked = False
         while members := self._members():
+            if time.monotonic() > deadline + UNKILLABLE:
+                return sorted(process.pid for process in members)
             if not asked or time.monotonic() > deadline:
                 asked = _signal_all(members, signal.SIGKILL if time.monotonic() > deadline else signal.SIGTERM)
             meanwhile()
@@ -150,6 +157,7 @@ class Family:
             time.sleep(0.05)
         meanwhile()
         self._reap()
+        return []
 
     def close(self) -> None:
         """Closes what was opened; the launcher has ended."""

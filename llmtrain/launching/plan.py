@@ -80,7 +80,8 @@ class LaunchPlan:
         host, colon, port = self.rdzv_endpoint.rpartition(":")
         if not colon or "]" in port:  # no port, or an IPv6 address without one
             host, port = self.rdzv_endpoint, str(PORT)
-        if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        lowest = 0 if self.nodes == 1 else 1  # on one host any port that is free will do
+        if not host or not port.isdigit() or not lowest <= int(port) < 65536:
             raise UserError(f"--rdzv-endpoint: {self.rdzv_endpoint!r} is not HOST:PORT, such as node1:{PORT}")
         return host, int(port)
 

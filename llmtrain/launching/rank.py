@@ -35,13 +35,27 @@ def main(arguments: Sequence[str]) -> int:
 
 def _earlier_verdict() -> int | None:
     path = os.environ.get(VERDICT)
-    if not path or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-        return None  # of an earlier launch, if there is one
+    if not path:
+        return None
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        _forget_verdict(Path(path))
+        return None
     try:
         code = int(Path(path).read_text())
     except (OSError, ValueError):
         return None
     return code if code in exit_codes.POINTLESS else None
+
+
+def _forget_verdict(path: Path) -> None:
+    """Removes that of an earlier launch (torchrun started by hand), which later starts of this one would obey."""
+    import psutil  # type: ignore[import-untyped]
+
+    try:
+        if path.stat().st_mtime < psutil.Process(os.getppid()).create_time():
+            path.unlink(missing_ok=True)
+    except (OSError, psutil.Error):
+        pass  # there is none; or it is gone by now
 
 
 def _keep_verdict(code: int) -> None:

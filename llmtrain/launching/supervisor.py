@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from llmtrain.errors import UserError
 from llmtrain.launching.attempt import Attempt, Requests, Runner
 from llmtrain.launching.ending import describe, first_death, oom_kills, shell_code
 from llmtrain.launching.family import Death
@@ -25,6 +26,7 @@ _PLACES = frozenset(
     {
         *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
         *("NODE_RANK", "BASE_RANK", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME"),
+        *("LLMTRAIN_VERDICT", "LLMTRAIN_ELASTIC"),
     }
 )
 
@@ -44,6 +46,7 @@ class Job:
         verdict: the file where a rank leaves an exit code after which a restart is pointless (torchrun's own says
             only that something failed).
         grace: seconds that ranks have to save and end after SIGTERM.
+        port: where ranks or hosts meet, if it is always the same; None when the launcher takes one that is free.
         backoff: seconds before each restart.
     """
 
@@ -56,6 +59,7 @@ class Job:
     elastic: bool = False
     verdict: Path | None = None
     grace: float = 300.0
+    port: int | None = None
     backoff: Sequence[float] = field(default=BACKOFF)
 
     def reached(self) -> Progress:
@@ -93,8 +97,7 @@ class _Supervisor:
 
     def run(self) -> int:
         while True:
-            if self.job.verdict is not None:
-                self.job.verdict.unlink(missing_ok=True)
+            _without_verdict(self.job.verdict)
             attempt = self._attempt()
             if (code := self._final(attempt)) is not None:
                 return code
@@ -127,10 +130,20 @@ class _Supervisor:
         if code == exit_codes.PREEMPTED and not self.job.restart_preempted:
             say("somebody sent the ranks SIGTERM, and they saved. The same command continues.")
             return code
-        if attempt.port_taken and self.ports < PORTS and not now.further_than(self.best):
-            self.ports += 1
-            say("the port was taken meanwhile; again with another one")
-            return None
+        if attempt.left:
+            numbers = ", ".join(map(str, attempt.left))
+            say(
+                f"process {numbers} does not end, not even by SIGKILL: it waits in the kernel, for a disk or a GPU "
+                "that does not answer. Not started again: it may still write. The machine may have to be started anew."
+            )
+            return shell_code(code)
+        if attempt.port_taken and not now.further_than(self.best):
+            if self.job.port is None and self.ports < PORTS:
+                self.ports += 1
+                say("the port was taken meanwhile; again with another one")
+                return None
+            if self.job.port in attempt.ports_taken:
+                say(f"port {self.job.port} is taken: by another launch, or by what is left of one? Choose another.")
         if death is None or death.generation not in self.said:
             say(describe(death, code, now.step, oom_kills() - self.oom_kills))
         return self._restart_or_give_up(attempt, code, now)
@@ -206,6 +219,21 @@ class _Supervisor:
         if death.code < 0 if not self.job.elastic else death.code not in (-signal.SIGTERM, exit_codes.PREEMPTED):
             self.said.add(death.generation)
             say(describe(death, 0, self.job.reached().step, oom_kills() - self.oom_kills))
+
+
+def _without_verdict(path: Path | None) -> None:
+    """Makes room for the verdict of an attempt.
+
+    Raises:
+        UserError: its folder cannot be written, so the run could not either.
+    """
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{path.parent}: cannot be written: {error.strerror}") from None
 
 
 def _read(path: Path) -> str:

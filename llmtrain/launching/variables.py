@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from llmtrain.errors import UserError
 from llmtrain.launching.plan import LaunchPlan
-from llmtrain.redaction import redact_arguments
+from llmtrain.redaction import redact_arguments, redact_variables
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
@@ -35,8 +35,9 @@ def refuse_secrets(plan: LaunchPlan, advice: str) -> None:
     Raises:
         UserError: it would; the value is not shown.
     """
-    variables = [f"{key}={value}" for key, value in plan.environment.items()]
-    for item in (*variables, *plan.overrides):
-        if redact_arguments([item]) != [item]:
-            key, name = item.partition("=")[0], item.partition("=")[0].rpartition(".")[2].upper()
-            raise UserError(f"{key}: a secret would stand in a file. {advice.format(key=name)}")
+    shown = redact_variables(plan.environment)
+    masked = [key for key, value in plan.environment.items() if shown[key] != value]
+    masked += [item.partition("=")[0] for item in plan.overrides if redact_arguments([item]) != [item]]
+    if masked:
+        key, name = masked[0], masked[0].rpartition(".")[2].upper()
+        raise UserError(f"{key}: a secret would stand in a file. {advice.format(key=name)}")

@@ -50,6 +50,22 @@ def test_a_verdict_of_an_earlier_launch_does_not_count(tmp_path: Path, monkeypat
     assert rank.main(["tiny.yaml"]) == 0
 
 
+def test_a_verdict_of_an_earlier_launch_is_not_obeyed_later_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun started by hand, as `--print` shows it: nobody has removed it before."""
+    verdict = tmp_path / "verdict"
+    verdict.write_text("2")
+    os.utime(verdict, (1, 1))
+    monkeypatch.setenv("LLMTRAIN_VERDICT", str(verdict))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    calls = trains(monkeypatch, 1)
+    assert rank.main(["tiny.yaml"]) == 1
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert rank.main(["tiny.yaml"]) == 1
+    assert len(calls) == 2
+
+
 def test_ranks_wait_for_a_number_of_hosts_that_fits(corpus: TinyCorpus, tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path / "tiny.yaml", corpus)
     environment = {**os.environ, "LLMTRAIN_ELASTIC": "1", "RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0"}

@@ -13,11 +13,16 @@ from typing import Any
 import psutil
 import pytest
 
+from llmtrain.launching import attempt
+
 FAKE = Path(__file__).parent / "fake_launcher.py"
 
 SUPERVISE = """
-import sys
+import signal, sys
 from pathlib import Path
+for one in (signal.SIGHUP, signal.SIGINT):  # whoever runs the tests may ignore them
+    signal.signal(one, signal.SIG_IGN if one in {ignored!r} else signal.SIG_DFL)
+{prelude}
 from llmtrain.launching.supervisor import Job, inherited, supervise
 run = Path("runs/fake")
 job = Job(
@@ -39,9 +44,11 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Supe
     """Supervises ranks that do what a script says (see fake_launcher.py), in tmp_path."""
     monkeypatch.chdir(tmp_path)
 
-    def begin(*script: list[dict[str, Any]], **options: Any) -> Supervised:
+    def begin(
+        *script: list[dict[str, Any]], ignored: tuple[int, ...] = (), prelude: str = "", **options: Any
+    ) -> Supervised:
         (tmp_path / "script.json").write_text(json.dumps(script))
-        code = SUPERVISE.format(fake=str(FAKE), options=options)
+        code = SUPERVISE.format(fake=str(FAKE), options=options, ignored=ignored, prelude=prelude)
         return subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
 
     return begin
@@ -157,6 +164,59 @@ def test_a_port_that_was_taken_is_not_a_crash(start: Callable[..., Supervised], 
     code, errors = ended(start([taken], [taken], [FINE], max_restarts=0))
     assert (code, starts(tmp_path)) == (0, 3)
     assert "the port was taken" in errors
+
+
+def test_a_port_that_is_always_the_same_is_not_exchanged(start: Callable[..., Supervised], tmp_path: Path) -> None:
+    """That of --rdzv-endpoint: all hosts know it."""
+    said = "The server socket has failed to listen on any local network address. port: 29511, name: EADDRINUSE"
+    code, errors = ended(start([{"exit": 1, "say": said}], max_restarts=1, port=29511))
+    assert (code, starts(tmp_path)) == (1, 2)
+    assert "port 29511 is taken: by another launch" in errors
+    assert "another one" not in errors
+
+
+def test_a_port_of_the_ranks_own_says_nothing_about_the_endpoint(start: Callable[..., Supervised]) -> None:
+    said = "The server socket has failed to listen on any local network address. port: 41234, name: EADDRINUSE"
+    _, errors = ended(start([{"exit": 1, "say": said}], max_restarts=0, port=29511))
+    assert "29511" not in errors
+
+
+@pytest.mark.parametrize("signum", [signal.SIGHUP, signal.SIGINT])
+def test_what_is_to_be_ignored_is_ignored(
+    signum: signal.Signals, start: Callable[..., Supervised], tmp_path: Path
+) -> None:
+    """`nohup llmtrain launch ...`, and the terminal is closed; or `&` in a script, and Ctrl-C is for the script."""
+    process = start([RUNS], ignored=(int(signum),))
+    ranks_are_up(tmp_path, 1)
+    process.send_signal(signum)
+    time.sleep(0.7)
+    assert process.poll() is None
+    process.terminate()
+    code, errors = ended(process)
+    assert code == 143
+    assert "SIGTERM: ended." in errors
+    assert signum.name not in errors
+
+
+@pytest.mark.long
+def test_who_waits_in_the_kernel_is_named_and_not_waited_for(start: Callable[..., Supervised], tmp_path: Path) -> None:
+    """A disk that does not answer: not even SIGKILL ends such a process. Here none arrives."""
+    deaf = "from llmtrain.launching import family; family.UNKILLABLE = 0.5; family._signal_all = lambda *_: True"
+    process = start([{"exit": 1, "after": 0.6}, {"saving": 30}], prelude=deaf, grace=1.0)
+    pids = ranks_are_up(tmp_path)
+    os.kill(psutil.Process(pids[1]).ppid(), signal.SIGKILL)  # so that nobody else ends the second
+    code, errors = ended(process, timeout=25)
+    os.kill(pids[1], signal.SIGKILL)
+    assert code != 0
+    assert starts(tmp_path) == 1
+    assert f"{pids[1]} does not end, not even by SIGKILL" in errors
+
+
+def test_nothing_is_lost_of_what_ranks_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[bytes] = []
+    monkeypatch.setattr(attempt.os, "write", lambda _, data: written.append(data[:3]) or len(data[:3]))
+    attempt._write(b"0123456789")
+    assert b"".join(written) == b"0123456789"
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
