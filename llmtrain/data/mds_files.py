@@ -127,7 +127,7 @@ def digest(algorithm: str, data: bytes) -> str | None:
 
 
 def unpack(data: bytes, compression: str, most: int) -> bytes:
-    """A shard decompressed, but no more than `most` + 1 bytes of it where the method can stop there.
+    """A shard decompressed, but hardly more than `most` bytes of it: few bytes may unfold to terabytes.
 
     Raises:
         Damage: it is not what its compression makes.
@@ -145,18 +145,46 @@ def unpack(data: bytes, compression: str, most: int) -> bytes:
             with bz2.open(io.BytesIO(data)) as unzipped:
                 return unzipped.read(most + 1)
         if kind == "br":
-            import brotli  # type: ignore[import-untyped]
-
-            return bytes(brotli.decompress(data))
+            return _unpack_brotli(data, most)
         if kind == "snappy":
             import snappy  # type: ignore[import-untyped]
 
+            if (size := _snappy_size(data)) > most:
+                raise ValueError(f"it says that it makes {size:,} bytes, and no more than {most:,} are expected")
             return bytes(snappy.decompress(data))
     except ImportError as problem:
         raise UserError(f"compression {compression!r} needs a package: {problem}") from problem
     except Exception as problem:  # each library raises its own
         raise Damage(f"does not decompress: {problem}") from problem
     raise UserError(f"compression {compression!r} is unknown; known: br, bz2, gz, snappy, zstd")
+
+
+def _unpack_brotli(data: bytes, most: int) -> bytes:
+    import brotli  # type: ignore[import-untyped]
+
+    decoder, parts, size = brotli.Decompressor(), list[bytes](), 0
+    try:
+        parts.append(decoder.process(data, output_buffer_limit=most + 1))
+        while (size := size + len(parts[-1])) <= most and parts[-1] and not decoder.is_finished():
+            parts.append(decoder.process(b"", output_buffer_limit=most + 1))
+    except TypeError:  # brotli before 1.2 knows no limit: so many bytes unfold to some hundred MB, at worst
+        for start in range(0, len(data), 64):
+            parts.append(decoder.process(data[start : start + 64]))
+            if (size := size + len(parts[-1])) > most:
+                break
+    if size <= most and not decoder.is_finished():
+        raise ValueError("it is cut short")
+    return b"".join(parts)
+
+
+def _snappy_size(data: bytes) -> int:
+    """What the first bytes say that comes out; whoever decompresses makes room for it before it looks further."""
+    size = 0
+    for place, byte in enumerate(data[:5]):
+        size |= (byte & 0x7F) << 7 * place
+        if byte < 0x80:
+            return size
+    raise ValueError("its length is missing")
 
 
 class Rows:
