@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llmtrain.checkpoint import manifest
-from llmtrain.checkpoint.best import Best, write_best
+from llmtrain.checkpoint.best import Best, read_best, write_best
 from llmtrain.checkpoint.resolve import LATEST, CheckpointInfo, checkpoints_in
 from llmtrain.checkpoint.retention import Retention
 from llmtrain.training.hashed_files import Entries, cause
+from llmtrain.training.skipped_steps import SET_ASIDE
 
 STAGING = ".saving"
 _TOKEN = "shared"
@@ -88,7 +89,7 @@ class CheckpointFolder:
             The name of the newest complete checkpoint that the run may go back to.
         """
         shutil.rmtree(self.staging, ignore_errors=True)
-        self.staging.mkdir(parents=True)
+        self.staging.mkdir(parents=True, exist_ok=True)  # what a process that still ends has open may have stayed
         self.token.touch()
         self._device = self.path.stat().st_dev
         good = self._good()
@@ -96,6 +97,8 @@ class CheckpointFolder:
         if link.is_symlink() and good and link.readlink().name not in {info.path.name for info in good}:
             self._link_latest(good[0].path.name)
         own = [info.path.name for info in good if info.path not in self.replaces]
+        if self.protected is None and own and (best := read_best(self.path)) is not None:
+            self.protected = best.checkpoint  # of a start whose recipe had `best_checkpoint`
         return own[0] if own else None
 
     def close(self) -> None:
@@ -116,6 +119,11 @@ class CheckpointFolder:
             raise OSError(f"{last_good} is not there any more: the folder lies on another file system than before")
         self.staging.mkdir(exist_ok=True)
         self.clear()
+        if last_good:
+            # Once more: a delete may have failed, and what was to be sent before it goes may have arrived. Where this
+            # waited for the next one to be published, a disk that such checkpoints have filled would stay full.
+            self._attempt("older checkpoints were not deleted", lambda: self.retain(last_good))
+            self._make_room(last_good)
         staged = self.staging / name
         staged.mkdir()
         return staged
@@ -147,6 +155,9 @@ class CheckpointFolder:
             attention=self.record.get("attention"),
             weights_only=self.weights_only,
         )
+        # Files may go while others are written: a second start of the same run empties the folder that it stages in.
+        if problems := manifest.verify_sizes(staged):
+            raise OSError(problems[0])
         if final.exists():  # found damaged at the resume, and trained over again; or of the run that this one replaces
             final.rename(self.staging / f"replaced-{moment.name}")
         staged.rename(final)
@@ -177,15 +188,27 @@ class CheckpointFolder:
 
     def retain(self, newest: str) -> None:
         """Deletes what retention does not keep; never the newest, the best, or one that was found damaged."""
+        self.replaces = [old for old in self.replaces if old.name != newest]
         for old in self.replaces:
-            if old.name != newest:
-                self._delete(old)
-        self.replaces = []
-        good = {info.path.name: (info.step, info.epoch) for info in self._good()}
+            self._attempt(f"{old.name} was not deleted", partial(self._delete, old))
+        self.replaces = [old for old in self.replaces if old.exists()]
+        if self.retention.keep < 0:
+            return
+        # A copy that somebody has given another name is theirs: it does not count, and stays.
+        own = [info for info in self._good() if info.epoch >= 0 and info.path not in self.replaces]
+        good = {info.path.name: (info.step, info.epoch) for info in own}
         kept = self.retention.kept(good, [self.protected] if self.protected else [])
-        for name in sorted(good.keys() - kept - {newest}):
+        for name in sorted(good.keys() - kept - {newest}, key=lambda name: good[name]):  # the oldest first
             if all(may(self.path / name) for may in self.may_delete_hooks):
-                self._delete(self.path / name)
+                self._attempt(f"{name} was not deleted", partial(self._delete, self.path / name))
+
+    def _make_room(self, newest: str) -> None:
+        """What a step back has set aside goes where the next checkpoint has no room beside it."""
+        aside = self.path / SET_ASIDE
+        if aside.is_dir() and no_room_beside(self.path / newest):
+            names = ", ".join(sorted(path.name for path in aside.iterdir()))
+            print(f"checkpoint  {aside}: {names} deleted: there is no room for the next", file=sys.stderr, flush=True)
+            shutil.rmtree(aside, ignore_errors=True)
 
     def _good(self) -> list[CheckpointInfo]:
         return [i for i in checkpoints_in(self.path) if i.problem is None and i.path.name not in self.refused]
@@ -210,6 +233,15 @@ class CheckpointFolder:
             action()
         except Exception as error:
             print(f"warning: {self.path}: {otherwise}: {cause(error)}", file=sys.stderr, flush=True)
+
+
+def no_room_beside(checkpoint: Path) -> bool:
+    """Whether the disk has less space left than one more of this size takes; False where the system does not say."""
+    try:
+        size = sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
+        return shutil.disk_usage(checkpoint).free < size
+    except OSError:
+        return False
 
 
 def free_space(folder: Path) -> str:

@@ -1,6 +1,7 @@
 """The folder of checkpoints, and what failures do, without a training."""
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -146,3 +147,94 @@ def test_space_is_counted_for_the_one_in_flight_and_not_for_those_that_are_there
     publish(opened(tmp_path), 1)
     assert free_space_warning(tmp_path, 1_000, 2) is None
     assert free_space_warning(tmp_path, 1_000, 2, best=True) is not None
+
+
+def test_what_could_not_go_before_goes_before_the_next_is_written(tmp_path: Path) -> None:
+    """A disk that is full of them takes no new one, and only a new one used to have them deleted."""
+    folder, arrived = opened(tmp_path, keep=1), False
+    folder.may_delete_hooks.append(lambda path: arrived)
+    for step in (1, 2, 3):
+        publish(folder, step)
+    folder.stage("ep0-ba4", "ep0-ba3")
+    assert names(tmp_path) == ["ep0-ba1", "ep0-ba2", "ep0-ba3"]
+    arrived = True
+    folder.stage("ep0-ba4", "ep0-ba3")
+    assert names(tmp_path) == ["ep0-ba3"]
+
+
+def test_one_that_cannot_be_deleted_does_not_keep_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = opened(tmp_path, keep=1, replaces=[tmp_path / "ep0-ba9"])
+    delete = CheckpointFolder._delete
+
+    def refuse(self: CheckpointFolder, path: Path) -> None:
+        if path.name in ("ep0-ba1", "ep0-ba9"):
+            raise OSError(16, "Device or resource busy", str(path))
+        delete(self, path)
+
+    earlier = opened(tmp_path)
+    publish(earlier, 9)
+    monkeypatch.setattr(CheckpointFolder, "_delete", refuse)
+    for step in (1, 2, 3):
+        publish(folder, step)
+    assert names(tmp_path) == ["ep0-ba1", "ep0-ba3", "ep0-ba9"]  # the last is no newest one of this run
+    said = capsys.readouterr().err
+    assert "ep0-ba1 was not deleted: Device or resource busy" in said
+    assert "ep0-ba9 was not deleted" in said
+    assert folder.replaces == [tmp_path / "ep0-ba9"]
+
+
+def test_a_checkpoint_whose_files_have_gone_meanwhile_is_not_published(tmp_path: Path) -> None:
+    folder = opened(tmp_path, keep=1)
+    publish(folder, 1)
+    moment = Moment(0, 2, 20, "full")
+    staged = folder.stage(moment.name, "ep0-ba1")
+    entries = write_full(staged, {"state": 2})
+    (staged / "full.pt").unlink()  # as by a second start of the same run
+    with pytest.raises(OSError, match=r"full\.pt: missing"):
+        folder.publish(moment, entries)
+    assert names(tmp_path) == ["ep0-ba1"]
+    assert (tmp_path / "latest").readlink() == Path("ep0-ba1")
+
+
+def test_what_a_step_back_has_set_aside_gives_way_to_the_next_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Usage:
+        free = 100_000
+
+    monkeypatch.setattr("shutil.disk_usage", lambda path: Usage)
+    folder = opened(tmp_path)
+    size = sum(file.stat().st_size for file in publish(folder, 1).iterdir())
+    (tmp_path / ".set-aside/ep0-ba9").mkdir(parents=True)
+    Usage.free = size
+    folder.stage("ep0-ba2", "ep0-ba1")
+    assert (tmp_path / ".set-aside").is_dir()
+    Usage.free = size - 1
+    folder.stage("ep0-ba2", "ep0-ba1")
+    assert not (tmp_path / ".set-aside").exists()
+    assert "ep0-ba9 deleted: there is no room for the next" in capsys.readouterr().err
+
+
+def test_a_copy_with_a_name_of_its_own_neither_goes_nor_counts(tmp_path: Path) -> None:
+    folder = opened(tmp_path, keep=2)
+    shutil.copytree(publish(folder, 1), tmp_path / "mine")
+    for step in (2, 3, 4):
+        publish(folder, step)
+        shutil.copytree(tmp_path / "mine", tmp_path / f"mine-{step}")
+    assert names(tmp_path) == ["ep0-ba3", "ep0-ba4"]
+    assert (tmp_path / "mine").is_dir()
+
+
+def test_the_best_stays_where_the_recipe_has_best_checkpoint_no_more(tmp_path: Path) -> None:
+    folder = opened(tmp_path, keep=1)
+    moment = Moment(0, 1, 10, "full", ("loss", "eval", 1.0))
+    folder.publish(moment, write_full(folder.stage(moment.name, None), {}))
+    again = opened(tmp_path, keep=1)
+    for step in (2, 3):
+        publish(again, step)
+    assert names(tmp_path) == [moment.name, "ep0-ba3"]
+    anew = opened(tmp_path, keep=1, replaces=[tmp_path / "ep0-ba1", tmp_path / "ep0-ba3"])
+    publish(anew, 4)
+    assert names(tmp_path) == ["ep0-ba4"]
