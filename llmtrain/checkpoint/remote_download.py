@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -9,6 +10,7 @@ from pathlib import Path, PurePosixPath
 import xxhash
 
 from llmtrain.checkpoint import manifest
+from llmtrain.checkpoint.one_at_a_time import one_at_a_time
 from llmtrain.checkpoint.remote import LARGEST_MANIFEST, RemoteCheckpoint, RemoteFolder, Unreachable
 from llmtrain.errors import UserError
 from llmtrain.prep.stores.remote_file import RemoteFile
@@ -16,6 +18,7 @@ from llmtrain.prep.stores.retry import persistently
 from llmtrain.prep.stores.store import Changed, StoredFile
 
 STAGING = ".downloading-"
+LOCK = ".downloading.lock"
 _BLOCK = 1 << 22  # bytes
 _AT_ONCE = 4  # files
 
@@ -25,7 +28,8 @@ def download(
 ) -> list[str]:
     """Fetches a checkpoint to `folder/NAME`; what a killed process has fetched of it is not fetched again.
 
-    Nothing is at `folder/NAME` before all of it is there; a damaged checkpoint of that name is replaced.
+    Nothing is at `folder/NAME` before all of it is there; a damaged checkpoint of that name is replaced. Of several
+    processes that fetch to one folder (jobs that start from the same weights) one does, and the others wait for it.
 
     Args:
         remote: where from.
@@ -41,36 +45,47 @@ def download(
         UserError: this machine's disk is full, or cannot be written.
     """
     name = there.name
-    staging = folder / f"{STAGING}{name}"
+
+    def waits() -> None:
+        print(f"fetching    {folder}: waits for another process that fetches to it", file=sys.stderr, flush=True)
+
     try:
-        for left in folder.glob(f"{STAGING}*"):
-            if left != staging:
-                shutil.rmtree(left, ignore_errors=True)
-        staging.mkdir(parents=True, exist_ok=True)
-        content, problems = _manifest(remote, there, staging)
-        if content is None or problems:
-            shutil.rmtree(staging, ignore_errors=True)
-            return problems
-        if _is_here(folder / name, staging):
-            shutil.rmtree(staging, ignore_errors=True)
-            return []
-        # What lies in the staging folder already is counted as well: it is replaced where it is not right.
-        need, free = sum(entry.size for entry in content.files.values()), shutil.disk_usage(folder).free
-        if need > free + sum(path.stat().st_size for path in staging.rglob("*") if path.is_file()):
-            raise UserError(f"{folder}: {name} of {remote} needs {need / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free")
-
-        def fetch(file: str) -> str | None:
-            return _file(remote, there.files[file], staging / file, content.files[file], f"{name}/{file}", got)
-
-        with ThreadPoolExecutor(_AT_ONCE, "download") as pool:
-            problems = [problem for problem in pool.map(fetch, content.files) if problem is not None]
-        if problems:
-            shutil.rmtree(staging, ignore_errors=True)
-            return problems
-        _rename(staging, folder / name)
+        folder.mkdir(parents=True, exist_ok=True)
+        with one_at_a_time(folder / LOCK, waits):
+            return _download(remote, there, folder, got)
     except OSError as error:
         free = shutil.disk_usage(folder).free if folder.is_dir() else 0
         raise UserError(f"{folder / name} cannot be written ({free / 1e9:.2f} GB free): {error}") from error
+
+
+def _download(remote: RemoteFolder, there: RemoteCheckpoint, folder: Path, got: Callable[[int], None]) -> list[str]:
+    name = there.name
+    staging = folder / f"{STAGING}{name}"
+    for left in folder.glob(f"{STAGING}*"):
+        if left != staging:
+            shutil.rmtree(left, ignore_errors=True)
+    staging.mkdir(exist_ok=True)
+    content, problems = _manifest(remote, there, staging)
+    if content is None or problems:
+        shutil.rmtree(staging, ignore_errors=True)
+        return problems
+    if _is_here(folder / name, staging):
+        shutil.rmtree(staging, ignore_errors=True)
+        return []
+    # What lies in the staging folder already is counted as well: it is replaced where it is not right.
+    need, free = sum(entry.size for entry in content.files.values()), shutil.disk_usage(folder).free
+    if need > free + sum(path.stat().st_size for path in staging.rglob("*") if path.is_file()):
+        raise UserError(f"{folder}: {name} of {remote} needs {need / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free")
+
+    def fetch(file: str) -> str | None:
+        return _file(remote, there.files[file], staging / file, content.files[file], f"{name}/{file}", got)
+
+    with ThreadPoolExecutor(_AT_ONCE, "download") as pool:
+        problems = [problem for problem in pool.map(fetch, content.files) if problem is not None]
+    if problems:
+        shutil.rmtree(staging, ignore_errors=True)
+        return problems
+    _rename(staging, folder / name)
     return []
 
 
@@ -89,7 +104,10 @@ def _manifest(
         return None, [f"{there.name}/{manifest.MANIFEST}: {error or 'changed while it was being read'}"]
     except UserError as error:
         raise Unreachable(str(error)) from error
-    (staging / manifest.MANIFEST).write_bytes(body)
+    with (staging / manifest.MANIFEST).open("wb") as out:
+        out.write(body)
+        out.flush()
+        os.fsync(out.fileno())
     try:
         content = manifest.read(staging)
     except manifest.ManifestError as error:
@@ -153,5 +171,7 @@ def _rename(staging: Path, target: Path) -> None:
     old = staging.with_name(f"{STAGING}replaced")
     if target.exists():  # found damaged
         target.rename(old)
+    manifest.sync_folder(staging)
     staging.rename(target)
+    manifest.sync_folder(target.parent)
     shutil.rmtree(old, ignore_errors=True)

@@ -73,6 +73,9 @@ def upload(remote: RemoteFolder, folder: Path, sent: Callable[[str, int], None],
     if problems:
         known.clear()
         raise ConnectionError(f"{name} did not arrive as it was sent: {'; '.join(problems[:4])}")
+    if (folder / manifest.MANIFEST).read_bytes() != body:
+        known.clear()
+        raise ConnectionError(f"{name} was written anew while it was being sent")
     remote.put(f"{name}/{manifest.MANIFEST}", body)
     stored = remote.store.stat(f"{remote.path}{name}/{manifest.MANIFEST}")
     if remote.read(stored, len(body)) != body:

@@ -1,7 +1,6 @@
 """The part of a run's start that looks into a store: what lies there, and what is fetched from there."""
 
 import hashlib
-import json
 import os
 import re
 import time
@@ -137,23 +136,25 @@ def _set_aside(remote: RemoteFolder, folder: Path) -> None:
 
 
 def fetch_skipped_steps(remote: RemoteFolder, run: Path) -> None:
-    """Which steps the run leaves out, where it continues on a new machine (a collective call).
+    """Which steps the run leaves out, where it continues on another machine (a collective call).
+
+    A list on this machine holds unless the run has gone back once more elsewhere.
 
     Raises:
         UserError: the store does not answer, or not with such a file.
     """
 
     def fetch() -> None:
-        if (run / skipped_steps.SKIPPED_STEPS).exists():
-            return
+        ours = len(skipped_steps.read(run))
         try:
             path = remote.path + skipped_steps.SKIPPED_STEPS
             body = at_the_start(lambda: remote.read(_stat(remote, path), 1 << 24), f"save_folder: {remote}")
         except Unreachable as problem:
             raise UserError(f"save_folder: {remote} does not answer: {problem}") from None
-        if body:
-            skipped_steps.write_json(run / skipped_steps.SKIPPED_STEPS, json.loads(body))
-            skipped_steps.read(run)
+        except ValueError as problem:
+            raise UserError(f"save_folder: {remote}: {problem}") from None
+        if body and len(theirs := skipped_steps.parse(body, f"{remote}/{skipped_steps.SKIPPED_STEPS}")) > ours:
+            skipped_steps.write(run, theirs)
 
     from_rank_zero_in_turns(fetch, _TURN)
 

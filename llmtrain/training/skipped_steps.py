@@ -16,6 +16,7 @@ from llmtrain.checkpoint.best import forget_best, read_best
 from llmtrain.checkpoint.resolve import LATEST, checkpoints_in
 from llmtrain.config.base import Config
 from llmtrain.errors import UserError
+from llmtrain.json_text import parse_json
 
 SKIPPED_STEPS = "skipped_steps.json"
 SET_ASIDE = ".set-aside"
@@ -59,12 +60,33 @@ def read(run: Path) -> list[RewindRecord]:
     if not file.exists():
         return []
     try:
-        return list(_Content.model_validate(json.loads(file.read_text(encoding="utf-8"))).rewinds)
-    except (OSError, ValueError, ValidationError) as problem:
-        raise UserError(
-            f"{file} cannot be read ({str(problem).splitlines()[0]}), and it says which steps this run leaves out. "
-            "Restore it; or remove it to train these steps."
-        ) from problem
+        body = file.read_bytes()
+    except OSError as problem:
+        raise _unreadable(str(file), problem) from problem
+    return parse(body, str(file))
+
+
+def parse(body: bytes, where: str) -> list[RewindRecord]:
+    """The rewinds in the content of such a file.
+
+    Args:
+        body: the content.
+        where: the file, for the message.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        return list(_Content.model_validate(parse_json(body.decode())).rewinds)
+    except (ValueError, ValidationError) as problem:
+        raise _unreadable(where, problem) from problem
+
+
+def _unreadable(where: str, problem: Exception) -> UserError:
+    return UserError(
+        f"{where} cannot be read ({str(problem).splitlines()[0]}), and it says which steps this run leaves out. "
+        "Restore it; or remove it to train these steps."
+    )
 
 
 def is_left_out(rewinds: list[RewindRecord], step: int) -> RewindRecord | None:
@@ -74,7 +96,7 @@ def is_left_out(rewinds: list[RewindRecord], step: int) -> RewindRecord | None:
 
 def add(run: Path, rewind: RewindRecord) -> None:
     """Put a rewind into the file, on the disk when this returns. Rank 0 only."""
-    _write(run, [*read(run), rewind])
+    write(run, [*read(run), rewind])
 
 
 def finish(run: Path, checkpoints: Path | None) -> list[str]:
@@ -102,7 +124,7 @@ def finish(run: Path, checkpoints: Path | None) -> list[str]:
     named = sorted({*rewind.set_aside, *(path.name for path in later)})
     if not rewind.set_aside:  # the first attempt: what lies there is of an earlier rewind
         shutil.rmtree(place, ignore_errors=True)
-    _write(run, [*rewinds[:-1], rewind.model_copy(update={"set_aside": tuple(named)})])
+    write(run, [*rewinds[:-1], rewind.model_copy(update={"set_aside": tuple(named)})])
     if later:
         place.mkdir(exist_ok=True)
     temporary = checkpoints / f".{LATEST}.rewinding"
@@ -115,7 +137,7 @@ def finish(run: Path, checkpoints: Path | None) -> list[str]:
     for path in later:
         shutil.rmtree(place / path.name, ignore_errors=True)
         path.rename(place / path.name)
-    _write(run, [*rewinds[:-1], rewind.model_copy(update={"set_aside": tuple(named), "done": True})])
+    write(run, [*rewinds[:-1], rewind.model_copy(update={"set_aside": tuple(named), "done": True})])
     return named
 
 
@@ -126,7 +148,8 @@ def of_run(run: Path, *, anew: bool) -> list[RewindRecord]:
     return read(run)
 
 
-def _write(run: Path, rewinds: list[RewindRecord]) -> None:
+def write(run: Path, rewinds: list[RewindRecord]) -> None:
+    """Replace the file; it is on the disk when this returns."""
     write_json(run / SKIPPED_STEPS, _Content(rewinds=tuple(rewinds)).model_dump())
 
 

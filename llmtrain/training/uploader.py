@@ -7,12 +7,13 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from llmtrain.checkpoint.remote import RemoteFolder
+from llmtrain.checkpoint.remote import RemoteCheckpoint, RemoteFolder
 from llmtrain.checkpoint.remote_upload import Damaged, is_there, tell_best, tell_latest, upload
 from llmtrain.checkpoint.resolve import checkpoints_in, step_and_epoch
 from llmtrain.checkpoint.retention import Moment, Retention
 from llmtrain.prep.stores.retry import attempts, reason
 from llmtrain.prep.stores.store import Changed
+from llmtrain.training.checkpoint_folder import no_room_beside
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0  # seconds between attempts at a store that fails
 LONGEST_AT_THE_END = 10.0
@@ -67,7 +68,7 @@ class Uploader:
         self._arrived: dict[str, Moment] = {}
         self._times: dict[str, int] = {}
         self._sending: str | None = None
-        self._looked, self._untidy = False, False
+        self._looked, self._untidy, self._told_of_others = False, False, False
         self._failures = 0
         self._failing_since: float | None = None
         self._told: tuple[float, str] = (0.0, "")
@@ -91,21 +92,29 @@ class Uploader:
             self._waiting[checkpoint.name] = moment
             self._times[checkpoint.name] = self._times.get(checkpoint.name, 0) + 1
             self._arrived.pop(checkpoint.name, None)  # of an earlier run, damaged, or before a step back
+            self._known.pop(checkpoint.name, None)  # files of that one that an attempt has sent
             self._changed.notify_all()
 
     def may_delete(self, checkpoint: Path) -> bool:
-        """Whether a checkpoint on this machine may go: it has arrived, or a newer one has, which is said."""
+        """Whether a checkpoint on this machine may go: it has arrived, or a newer one has, or the disk is full.
+
+        The last two are said. A disk that checkpoints fill which wait for a store would take no new ones.
+        """
         name, moment = checkpoint.name, step_and_epoch(checkpoint.name)
         with self._changed:
             if moment is None or name in self._arrived:
                 return True
             newer = max((one for one in self._arrived.items() if one[1] > moment), key=lambda one: one[1], default=None)
-            if newer is None or name == self._sending or not self._looked:
+            if name == self._sending:
+                return False
+            if newer is not None and self._looked:
+                why = f"{newer[0]} has arrived, and {name} gives way to it"
+            elif no_room_beside(checkpoint):
+                why = f"the disk has no room for the next checkpoint beside it, and {name} gives way to newer ones"
+            else:
                 return False
             if self._waiting.pop(name, None) is not None:
-                self._say(
-                    f"upload      {name} is not sent any more: {newer[0]} has arrived, and {name} gives way to it"
-                )
+                self._say(f"upload      {name} is not sent any more: {why}")
             return True
 
     def stop(self, patience: float = 30.0) -> None:
@@ -282,7 +291,9 @@ class Uploader:
             tell_latest(self.remote, self.folder / newest)
         best = tell_best(self.remote, self.folder, set(complete))
         kept = self.retention.kept(complete, [best.checkpoint] if best is not None else [])
-        for one in self.remote.checkpoints():
+        found = self.remote.checkpoints()
+        self._look_for_others([one for one in found if one.is_offered and one.name not in waiting], complete[newest])
+        for one in found:
             older = (one.step, one.epoch) < complete[newest]
             given_up = one.has_manifest and one.name in complete and one.name not in kept
             earlier = one.name in self._replaces and (one.has_manifest or one.was_cut_off)
@@ -295,6 +306,16 @@ class Uploader:
                     self._arrived.pop(one.name, None)
                     self._known.pop(one.name, None)
                     self._replaces.discard(one.name)
+
+    def _look_for_others(self, found: Iterable[RemoteCheckpoint], newest: Moment) -> None:
+        """Tells once of a checkpoint that only another run can have sent: the two would delete each other's."""
+        strange = [one.name for one in found if (one.step, one.epoch) > newest and self._counts(one.name)]
+        if strange and not self._told_of_others:
+            self._told_of_others = True
+            self._say(
+                f"warning: {self.remote} has {strange[0]}, which this run has not sent: another run writes there, too. "
+                "End one of the two, and give each a save_folder of its own"
+            )
 
     def _failed(self, problem: Exception) -> None:
         """Tells that the store fails, and waits."""

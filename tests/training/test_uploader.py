@@ -4,13 +4,15 @@ import json
 import random
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import boto3
 import pytest
 
-from llmtrain.checkpoint import manifest
+from llmtrain.checkpoint import manifest, remote_upload
 from llmtrain.checkpoint.best import Best, write_best
 from llmtrain.checkpoint.remote import SET_ASIDE, UNFINISHED, RemoteFolder
 from llmtrain.checkpoint.remote_download import download
@@ -19,7 +21,9 @@ from llmtrain.checkpoint.retention import Retention
 from llmtrain.errors import UserError
 from llmtrain.prep.stores import open as stores
 from llmtrain.testing.remote import CuttingProxy, sftp_server
+from llmtrain.training import skipped_steps
 from llmtrain.training import uploader as module
+from llmtrain.training.remote_start import fetch_skipped_steps
 from llmtrain.training.uploader import Uploader
 
 
@@ -154,9 +158,7 @@ def test_a_store_that_goes_away_is_told_once_and_nothing_is_lost(bucket: Any, up
     one, lines = uploads(remote, tmp_path, keep=1)
     one.start()
     eventually(lambda: one._looked)
-    proxy.every, proxy.after = 1, 1
-    for end in proxy._sockets:  # the connection that is open already
-        end.close()
+    proxy.down()
     paths = [checkpoint(tmp_path, step) for step in (4, 8, 12)]
     for path in paths:
         one.published(path)
@@ -188,6 +190,40 @@ def test_what_waits_gives_way_when_a_newer_one_has_arrived(bucket: Any, uploads:
     assert one.may_delete(old)
     assert "ep0-ba4 is not sent any more: ep0-ba8 has arrived" in lines[-1]
     assert one.missing() == []
+
+
+def test_what_waits_gives_way_when_the_disk_has_no_room(bucket: Any, uploads: Any, tmp_path: Path) -> None:
+    remote, _, _ = bucket
+    one, lines = uploads(remote, tmp_path, keep=1)  # not started: the store does not answer
+    old, new = checkpoint(tmp_path, 4), checkpoint(tmp_path, 8)
+    for path in (old, new):
+        one.published(path)
+    assert not one.may_delete(old)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+        one._sending = old.name
+        assert not one.may_delete(old)
+        one._sending = None
+        assert one.may_delete(old)
+    assert "ep0-ba4 is not sent any more: the disk has no room" in lines[-1]
+    assert one.missing() == ["ep0-ba8"]
+
+
+def test_another_run_that_writes_to_the_same_place_is_told(bucket: Any, uploads: Any, tmp_path: Path) -> None:
+    remote, _, _ = bucket
+    ahead, _ = uploads(remote, tmp_path / "a")
+    behind, lines = uploads(remote, tmp_path / "b")
+    for one in (behind, ahead):
+        one.start()
+        eventually(lambda one=one: one._looked)
+    ahead.published(checkpoint(tmp_path / "a", 12))
+    assert ahead.wait()
+    for step in (4, 8):
+        behind.published(checkpoint(tmp_path / "b", step))
+        assert behind.wait()
+    told = [line for line in lines if "another run writes there" in line]
+    assert len(told) == 1
+    assert "ep0-ba12" in told[0]
 
 
 def test_retention_in_the_store(bucket: Any, uploads: Any, tmp_path: Path) -> None:
@@ -253,6 +289,41 @@ def test_a_checkpoint_that_is_damaged_on_the_disk_is_not_sent(bucket: Any, uploa
     assert one.wait()
     assert there.complete() == set()
     assert "ep0-ba4 is not sent: ep0-ba4/__1_0.distcp: hash differs" in lines[0]
+
+
+def test_one_that_is_written_anew_takes_no_file_from_the_one_before(bucket: Any, uploads: Any, tmp_path: Path) -> None:
+    remote, there, _ = bucket
+    one, lines = uploads(remote, tmp_path)
+    one.start()
+    path = checkpoint(tmp_path, 4)
+    (path / "__1_0.distcp").write_bytes(b"x" * 5000)
+    one.published(path)
+    assert one.wait()  # the first files have been sent, the last one is damaged
+    assert "ep0-ba4/.metadata" in there.files()
+    same_content = remote_upload.same_content
+    try:
+        remote_upload.same_content = lambda *_: False  # a store that tells no hashes
+        one.published(checkpoint(tmp_path, 4))
+        assert one.wait()
+    finally:
+        remote_upload.same_content = same_content
+    assert not [line for line in lines if "fails" in line]
+    assert download(remote, remote.checkpoint("ep0-ba4"), tmp_path / "new") == []
+
+
+def test_a_checkpoint_that_is_exchanged_while_it_is_sent_is_not_finished(bucket: Any, tmp_path: Path) -> None:
+    remote, there, _ = bucket
+    path = checkpoint(tmp_path, 4, content=b"old" * 100)
+
+    def exchange(name: str, n: int) -> None:
+        if name == "__1_0.distcp":
+            checkpoint(tmp_path, 4, content=b"new" * 100)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(remote_upload, "arrived", lambda *_: ([], False))  # a store that tells no hashes
+        with pytest.raises(ConnectionError, match="written anew"):
+            upload(remote, path, exchange, {})
+    assert there.complete() == set()
 
 
 def test_damage_in_the_store_is_named(bucket: Any, uploads: Any, tmp_path: Path) -> None:
@@ -329,6 +400,45 @@ def test_a_download_that_was_cut_off_goes_on(bucket: Any, uploads: Any, tmp_path
     assert set(read) == {"manifest.json", "__0_0.distcp", "__1_0.distcp"}
     assert manifest.verify(tmp_path / "new/ep0-ba4") == []
     assert [one.name for one in (tmp_path / "new").iterdir()] == ["ep0-ba4"]
+
+
+def test_several_processes_that_fetch_to_one_folder_do_not_disturb_each_other(
+    bucket: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    remote, _, _ = bucket
+    upload(remote, checkpoint(tmp_path / "here", 4, size=50_000), lambda name, n: None, {})
+    there, read = remote.checkpoint("ep0-ba4"), remote.store.read
+
+    def slowly(*arguments: Any) -> bytes:
+        time.sleep(0.05)
+        return read(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(3) as pool:
+        patch.setattr(remote.store, "read", slowly, raising=False)
+        found = list(pool.map(lambda _: download(remote, there, tmp_path / "new"), range(3)))
+    assert found == [[], [], []]
+    assert manifest.verify(tmp_path / "new/ep0-ba4") == []
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["ep0-ba4"]
+    assert capsys.readouterr().err.count("waits for another process") == 2
+
+
+def test_the_longer_list_of_left_out_steps_counts(bucket: Any, tmp_path: Path) -> None:
+    remote, there, _ = bucket
+    values = {"reason": "x", "first": 5, "last": 6, "found_at": 6, "checkpoint": "ep0-ba4", "step": 4, "when": ""}
+    one = skipped_steps.RewindRecord.model_validate({**values, "done": True})
+    other = one.model_copy(update={"first": 9, "last": 9})
+    skipped_steps.write(tmp_path / "elsewhere", [one, other])
+    there.put("skipped_steps.json", (tmp_path / "elsewhere/skipped_steps.json").read_bytes())
+    skipped_steps.write(tmp_path / "run", [one])
+    fetch_skipped_steps(remote, tmp_path / "run")
+    assert skipped_steps.read(tmp_path / "run") == [one, other]
+    skipped_steps.write(tmp_path / "run", [one, other, other])
+    fetch_skipped_steps(remote, tmp_path / "run")
+    assert len(skipped_steps.read(tmp_path / "run")) == 3
+    there.put("skipped_steps.json", b"[1, 2")
+    with pytest.raises(UserError, match=r"/runs/x/skipped_steps\.json cannot be read"):
+        fetch_skipped_steps(remote, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_what_was_set_aside_is_not_offered_until_it_is_written_anew(bucket: Any, uploads: Any, tmp_path: Path) -> None:
