@@ -34,7 +34,16 @@ FREE_MODEL_KEYS = {
     ("use_train_metrics",),
     ("peft_config", "lora_dropout"),
 }
-WATCHED = ("optimizer", "scheduler", "algorithms", "global_train_batch_size", "max_duration", "train_loader", "seed")
+WATCHED = (
+    "run_name",
+    "optimizer",
+    "scheduler",
+    "algorithms",
+    "global_train_batch_size",
+    "max_duration",
+    "train_loader",
+    "seed",
+)
 
 
 def differences(old: Any, new: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], tuple[Any, Any]]:

@@ -20,7 +20,7 @@ from llmtrain.checkpoint.resolve import CHECKPOINTS, CheckpointInfo, checkpoints
 from llmtrain.checkpoint.validation import validate
 from llmtrain.errors import UserError
 from llmtrain.recipe.recipe import Recipe
-from llmtrain.training.agreement import from_all_ranks, from_rank_zero
+from llmtrain.training.agreement import from_all_ranks_in_turns, from_rank_zero
 from llmtrain.training.environment import say, say_each
 from llmtrain.training.recipe_changes import check_model, check_run, vocabulary_grows
 from llmtrain.training.remote_start import (
@@ -34,6 +34,9 @@ from llmtrain.training.remote_start import (
 )
 
 Kind = Literal["sharded", "full"]
+
+_TURN = 0.5
+"""Seconds between the collective calls in which ranks wait for each other."""
 
 
 @dataclass(frozen=True)
@@ -236,12 +239,13 @@ def verify_together(checkpoint: Path) -> list[str]:
     if problems:
         return problems
     rank, ranks = dist.get_global_rank(), dist.get_world_size()
-    mine = [name for name in manifest.read(checkpoint).files if _owner(name) % ranks == rank]
 
     def hashes() -> list[str]:
+        mine = [name for name in manifest.read(checkpoint).files if _owner(name) % ranks == rank]
         return [problem for name in mine if (problem := _hash_problem(checkpoint, name))]
 
-    return [problem for found in from_all_ranks(hashes) for problem in found]
+    # In turns: one rank may have all to read, for longer than a collective call may take.
+    return [problem for found in from_all_ranks_in_turns(hashes, _TURN) for problem in found]
 
 
 def _hash_problem(checkpoint: Path, name: str) -> str | None:

@@ -75,3 +75,9 @@ def test_another_optimizer_is_refused_and_another_rate_is_said() -> None:
 
 def test_a_checkpoint_without_a_recipe_is_not_compared() -> None:
     assert check_run({}, {"model": {"d_model": 1}, "optimizer": {}}, HERE) == []
+
+
+def test_a_folder_of_another_run_is_told() -> None:
+    """A save_folder without {run_name} in it: the second run goes on from the checkpoints of the first."""
+    (line,) = check_run({**SAVED, "run_name": "first"}, {**SAVED, "run_name": "second"}, HERE)
+    assert line == "warning: not as in ep0-ba4: run_name first -> second"
