@@ -10,3 +10,5 @@ class UserError(Exception):
 
     rank: int | None = None
     """The rank it happened on, once training runs: other ranks may know nothing of it. None: the same everywhere."""
+    agreed: bool = False
+    """All ranks raise it at the same point, so one of them tells the user."""

@@ -18,6 +18,13 @@ class StepsLostError(UserError):
     """The last checkpoint of a run could not be written. The same command goes on from the one before."""
 
     exit_code = FAILED
+    agreed = True
+
+
+class NothingSavedError(UserError):
+    """A run that has no checkpoint could not write its first one."""
+
+    agreed = True
 
 
 class SaveFailures:
@@ -85,7 +92,7 @@ class SaveFailures:
             UserError: there is no checkpoint.
         """
         if self.last_good is None:
-            raise UserError(
+            raise NothingSavedError(
                 f"checkpoint {self.folder / moment.name} cannot be written: {problem}. It is the first of this run, "
                 "so nothing would be kept; mend the folder, or give another save_folder."
             )
