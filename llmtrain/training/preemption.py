@@ -9,6 +9,7 @@ import torch
 from composer import Callback, Logger, State
 from composer.utils import dist
 
+from llmtrain.training.agreement import exchange
 from llmtrain.training.checkpoint_saver import CheckpointSaver
 
 # 128 + SIGTERM: what a supervisor expects of a process that was asked to end.
@@ -57,9 +58,11 @@ class Preemption(Callback):  # type: ignore[misc]
 
     def _stop_if_asked(self, state: State) -> None:
         flag = state.device.tensor_to_device(torch.tensor([int(self.received)], dtype=torch.int32))
-        dist.all_reduce(flag, reduce_operation="MAX")
+        exchange(flag, "MAX")
         if not flag.item():
             return
+        if self.received_at is None:  # another rank has got the signal; rank 0 may be the one that waits for uploads
+            self.received_at = time.monotonic()
         step = int(state.timestamp.batch)
         if self.saver is not None and step > 0:
             self.saver.save(state)
