@@ -147,3 +147,43 @@ def test_resume_in_the_second_epoch_reads_the_second_epochs_order(corpus: TinyCo
     assert again.code == 0, again.output
     assert len(whole.metrics(LOSS)) == 9
     assert whole.metrics(LOSS) == again.metrics(LOSS)
+
+
+SIGTERM_AT = """
+import os, signal
+from pathlib import Path
+from llmtrain.training.preemption import Preemption
+
+look = Preemption.batch_checkpoint
+
+def asked(self, state, logger):
+    if int(state.timestamp.batch) == 3 and not Path({marker!r}).exists():
+        os.kill(os.getpid(), signal.SIGTERM)
+    look(self, state, logger)
+
+Preemption.batch_checkpoint = asked
+"""
+
+
+@pytest.mark.long
+def test_sigterm_after_the_last_batch_of_an_epoch_goes_on_with_the_next_epoch(
+    corpus: TinyCorpus, tmp_path: Path
+) -> None:
+    """What is saved there is an epoch without a batch left that has not been counted yet."""
+    recipe = tiny_recipe(
+        tmp_path / "ends.yaml", corpus, max_duration="3ep", train_subset_num_batches=3, save_interval="2ba"
+    )
+    whole = launch(recipe, ["run_name=whole-ends"], ranks=2, cwd=tmp_path)
+    assert whole.code == 0, whole.output
+    code, marker = tmp_path / "asked.py", tmp_path / "again"
+    code.write_text(SIGTERM_AT.format(marker=str(marker)))
+    options = ["--trust-code", "run_name=ends", f"code_paths=[{code}]"]
+    stopped = launch(recipe, options, ranks=2, cwd=tmp_path)
+    assert stopped.codes == (143, 143), stopped.output
+    assert (stopped.folder / "checkpoints/ep0-ba3/manifest.json").exists()
+    marker.touch()
+    again = launch(recipe, options, ranks=2, cwd=tmp_path)
+    assert again.code == 0, again.output
+    assert len(whole.metrics(LOSS)) == 9
+    assert whole.metrics(LOSS) == again.metrics(LOSS)
+    assert same_state(*(run.folder / "checkpoints/ep3-ba9" for run in (whole, again))) > 0
