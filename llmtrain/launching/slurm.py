@@ -25,6 +25,14 @@ _OURS = {
 }
 """Keys of sbatch that the script depends on, and what to give instead."""
 
+_SCRIPTS = frozenset(
+    {
+        *("RUN", "RANKS_PER_NODE", "MAX_RESTARTS", "MAX_REQUEUES", "GRACE", "TRAIN"),
+        *("REQUEUED", "MARKS", "RANK_SCRIPT"),
+    }
+)
+"""Variables of the script; one that `--env` sets would take their place."""
+
 _TIME = re.compile(r"\d+|\d+:\d\d(:\d\d)?|\d+-\d+(:\d\d){0,2}|UNLIMITED|INFINITE", re.IGNORECASE)
 
 
@@ -63,6 +71,8 @@ def script(plan: LaunchPlan, options: SlurmOptions, *, python: str = sys.executa
         UserError: an option that sbatch would not understand, or that would break the script.
     """
     refuse_secrets(plan, "Export it in the shell where you submit: sbatch passes the environment on.")
+    if taken := sorted(_SCRIPTS & plan.environment.keys()):
+        raise UserError(f"--env {taken[0]}: the script has a variable of this name; give yours another one")
     directives = "\n".join(f"#SBATCH --{key}" for key in _directives(plan, options))
     variables = "\n".join(f"export {key}={shlex.quote(value)}" for key, value in plan.environment.items())
     command = shlex.join([python, "-m", "llmtrain.training.command", *plan.arguments])
@@ -120,7 +130,7 @@ def _directives(plan: LaunchPlan, options: SlurmOptions) -> list[str]:
         "requeue": "",
         "signal": f"B:USR1@{options.grace}",
         "open-mode": "append",
-        "output": f"runs/{plan.run_name}/slurm-%j.out",
+        "output": f"runs/{plan.run_name.replace('%', '%%')}/slurm-%j.out",
     }
     for given in options.sbatch:
         key, equals, value = given.removeprefix("--").partition("=")

@@ -69,6 +69,19 @@ def test_what_is_asked_of_slurm() -> None:
     assert "#SBATCH --nodes=1-2\n" in gpu
 
 
+def test_a_percent_sign_is_no_pattern_of_sbatch() -> None:
+    found = script(replace(PLAN, run_name="100%u"), SlurmOptions())
+    assert "#SBATCH --output=runs/100%%u/slurm-%j.out\n" in found
+    assert "RUN=runs/100%u\n" in found
+
+
+@pytest.mark.parametrize("name", ["RUN", "MARKS", "TRAIN", "GRACE", "RANK_SCRIPT"])
+def test_variables_of_the_script_are_its_own(name: str) -> None:
+    """`--env RUN=/tmp` would have it remove folders there."""
+    with pytest.raises(UserError, match=f"--env {name}: the script has"):
+        script(replace(PLAN, environment={name: "x"}), SlurmOptions())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
