@@ -37,6 +37,8 @@ def draw(certificate: Certificate, file: Path) -> None:
     for kind, colour in COLOURS.items():
         if number := certificate.by_kind().get(kind):
             starts.plot([], [], "X", color=colour, label=f"killed: {kind} ({number})")
+    if any(kill.rank is not None for kill in certificate.kills):
+        starts.plot([], [], "X", color="0.4", markerfacecolor="none", label="hollow: one rank alone")
     starts.invert_yaxis()
     starts.set_ylabel("start of the run")
     starts.set_xlabel("step")
