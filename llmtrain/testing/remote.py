@@ -90,6 +90,18 @@ class CuttingProxy:
         threading.Thread(target=self._accept, daemon=True).start()
         return self
 
+    def down(self) -> None:
+        """Cuts all connections, and from now on each new one with its first byte; `every = 0` is the end of it.
+
+        A socket that is only closed while a thread reads from it stays open for the other side: that would be a server
+        that swallows what it is sent, and not one that is down.
+        """
+        self.every, self.after = 1, 1
+        for end in list(self._sockets):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+
     def __exit__(self, *problem: object) -> None:
         self._listener.close()
         for end in self._sockets:

@@ -1,7 +1,8 @@
 """Two hosts on one machine: network namespaces with an address each, joined by a cable that can be pulled.
 
 Each has shared memory (/dev/shm) of its own, too, and half of the cores, so that a rank on each computes with as many
-threads as two ranks on this machine do; disks are shared, as a cluster's are. Needs root and `ip`.
+threads as two ranks on this machine do; disks are shared, as a cluster's are. And each start there has a boot id of its
+own: what a rank looks up about processes of its machine is not known of those on the other host. Needs root and `ip`.
 """
 
 import contextlib
@@ -10,14 +11,19 @@ import secrets
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import psutil  # type: ignore[import-untyped]
 
-_OWN_MEMORY = 'mount -t tmpfs tmpfs /dev/shm && exec "$@"'
+_BOOT_ID = "/proc/sys/kernel/random/boot_id"
+_OWN_MACHINE = (
+    f'mount -t tmpfs tmpfs /dev/shm && echo "$0" > /dev/shm/boot && mount --bind /dev/shm/boot {_BOOT_ID} '
+    '&& rm /dev/shm/boot && exec "$@"'
+)
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,7 @@ class Host:
         """Starts a command there; both of its outputs are appended to `log`."""
         cores = ",".join(map(str, self.cores))
         inside = ["taskset", "--cpu-list", cores, "ip", "netns", "exec", self.namespace]
-        inside += ["unshare", "--mount", "sh", "-c", _OWN_MEMORY, "host"]
+        inside += ["unshare", "--mount", "sh", "-c", _OWN_MACHINE, str(uuid.uuid4())]
         with log.open("a") as output:
             return HostProcess([*inside, *command], cwd, output, env)
 
@@ -72,12 +78,19 @@ class HostProcess:
             return []
         return found
 
-    def lose(self) -> None:
-        """The host is gone: all of its processes are killed at once, and none can say goodbye."""
+    def lose(self, unplug: Callable[[], None] | None = None) -> None:
+        """The host is gone: all of its processes are killed at once, and none can say goodbye.
+
+        Args:
+            unplug: called before they are killed. Else the kernel closes their connections for them, as it does when
+                a host goes down in order; with the cable pulled first nobody is told, as when the power fails.
+        """
         family = [psutil.Process(self.process.pid), *self.below()] if self.process.poll() is None else self.below()
         for process in family:  # nobody may notice the end of another and act on it
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGSTOP)
+        if unplug is not None:
+            unplug()
         for process in family:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()

@@ -11,6 +11,7 @@ from composer.utils import dist
 from torch import Tensor
 
 from llmtrain.evaluation.by_source import LossBySource
+from llmtrain.training.agreement import exchange
 from llmtrain.training.language_model import LanguageModel
 
 INTERVAL = 10
@@ -62,7 +63,7 @@ class SourceShares(Callback):  # type: ignore[misc]
     def batch_end(self, state: State, logger: Logger) -> None:
         """Adds the batch of all ranks; nothing waits for the sum until it is shown."""
         counts = state.device.tensor_to_device(self._count(state.batch))
-        dist.all_reduce(counts, reduce_operation="SUM")
+        exchange(counts, "SUM", wait=False)
         self._seen = self._seen.to(counts.device) + counts // self.shared_by
         step = int(state.timestamp.batch)
         if step == 1 or step % INTERVAL == 0:

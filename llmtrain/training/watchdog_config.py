@@ -10,7 +10,7 @@ class WatchdogConfig(Config):
 
     step_limit: float | None = Field(default=None, gt=0)
     """Seconds that a step, or a batch of an evaluation, may take. Null: twenty times the median of the last ones, but
-    not less than a minute (ten with `compile_config`), and `dist_timeout` before there are three. Whatever else a run
+    not less than 50 (600 with `compile_config`), and `dist_timeout` before there are three. Whatever else a run
     does (starting, saving, exporting) may take `dist_timeout`."""
     heart_limit: float = Field(default=40.0, ge=5)
     """Seconds without a sign of life after which a rank that the others wait for counts as lost."""

@@ -55,6 +55,7 @@ def test_nan_in_one_layer_of_one_rank(corpus: TinyCorpus, tmp_path: Path) -> Non
     observe(
         "NaN in one layer",
         "stopped before the update (exit code 3); report names rank, samples and module",
+        run=finished.folder,
         detected=detected,
         recovered=None,
         message=message,
@@ -64,7 +65,7 @@ def test_nan_in_one_layer_of_one_rank(corpus: TinyCorpus, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("sharding", "changes"),
     [
-        ("full", {}),
+        pytest.param("full", {}, marks=pytest.mark.long),
         pytest.param("checkpointed", {"activation_checkpointing": True}, marks=pytest.mark.long),
         pytest.param("ddp", {"sharding_strategy": "NO_SHARD"}, marks=pytest.mark.long),
         pytest.param("compiled", {}, marks=pytest.mark.long),
@@ -82,7 +83,7 @@ def test_nan_in_the_backward_pass_only(
         # A hook inside of what was compiled is not called: the sabotage has to be around it.
         up_proj = "model.transformer.blocks.1"
         code = sabotage(tmp_path / "code.py", "gradient", 6, module=up_proj, rank=1, micro_batch=1)
-    _, report, detected, message = stopped_with_report(*start(corpus, tmp_path, code, **settings))
+    finished, report, detected, message = stopped_with_report(*start(corpus, tmp_path, code, **settings))
     assert "step 6: the loss is finite, and the gradient is not" in message
     assert (report["searched"], list(report["culprits"])) == (1, ["1"])
     assert report["culprits"]["1"]["phase"] == "backward"
@@ -95,6 +96,7 @@ def test_nan_in_the_backward_pass_only(
         observe(
             "NaN in the backward pass only",
             "stopped before the update (exit code 3); the loss was finite",
+            run=finished.folder,
             detected=detected,
             recovered=None,
             message=message,
@@ -129,6 +131,7 @@ def test_loss_spike(corpus: TinyCorpus, tmp_path: Path) -> None:
     observe(
         "loss spike",
         "went back to the checkpoint before it, left the steps around it out, trained on",
+        run=finished.folder,
         detected=detected,
         recovered=recovered,
         message=line,

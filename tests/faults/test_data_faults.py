@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from streaming.base.format.mds.reader import MDSReader
 
+from llmtrain.checkpoint import manifest
 from llmtrain.prep.mds import ShardWriter
 from llmtrain.testing.corpus import TinyCorpus
 from llmtrain.testing.faults import Stopwatch, observe
@@ -73,14 +74,15 @@ def made(corpus: TinyCorpus, shards: Path, s3: str, tmp_path: Path) -> Any:
             max_duration="16ba",
             eval_interval=0,
             eval_loader=None,
-            save_folder=None,
+            save_folder="runs/{run_name}/checkpoints",
         )
 
     environment = {"AWS_ACCESS_KEY_ID": "me", "AWS_SECRET_ACCESS_KEY": "x", "AWS_DEFAULT_REGION": "us-east-1"}
     return recipe, f"s3://{name}/books/train", environment, client, name
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("workers", [0, 2])
 def test_the_store_goes_down_for_a_while(made: Any, shards: Path, s3: str, tmp_path: Path, workers: int) -> None:
     recipe, url, environment, _, _ = made
     for folder in ("whole", "cut"):
@@ -91,9 +93,7 @@ def test_the_store_goes_down_for_a_while(made: Any, shards: Path, s3: str, tmp_p
         path = recipe(url, str(tmp_path / "cache"), workers)
         run = Run(path, ranks=2, cwd=tmp_path / "cut", environment={**environment, "S3_ENDPOINT_URL": proxy.url})
         run.wait_for("step 2 ")
-        proxy.every, proxy.after = 1, 1
-        for end in list(proxy._sockets):
-            end.close()
+        proxy.down()
         watch = Stopwatch()
         run.wait_for("; attempt 2 of 6")
         detected = watch.seconds()
@@ -110,6 +110,7 @@ def test_the_store_goes_down_for_a_while(made: Any, shards: Path, s3: str, tmp_p
     observe(
         f"store of data down for ten seconds, num_workers {workers}",
         "shards are fetched again until they come; the same losses",
+        run=run.folder,
         detected=detected,
         recovered=recovered,
         message=message,
@@ -120,7 +121,8 @@ def steps(run: Run) -> int:
     return max((int(step) for step in re.findall(r"^train +step (\d+)", run.output(), re.M)), default=0)
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("workers", [0, 2])
 def test_a_shard_goes_missing(made: Any, s3: str, tmp_path: Path, workers: int) -> None:
     recipe, url, environment, client, name = made
     path = recipe(url, str(tmp_path / "cache"), workers)
@@ -128,8 +130,7 @@ def test_a_shard_goes_missing(made: Any, s3: str, tmp_path: Path, workers: int) 
     run.wait_for("step 2 ")
     client.delete_object(Bucket=name, Key="books/train/shard.00012.mds")
     watch = Stopwatch()
-    ended = run.wait()
-    check_ends_with_one_message(ended, "shard.00012.mds", f"shard missing mid-epoch, num_workers {workers}", watch)
+    check_ends_with_one_message(run, "shard.00012.mds", f"shard missing mid-epoch, num_workers {workers}", watch)
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.long)])
@@ -147,16 +148,22 @@ def test_a_flipped_bit(made: Any, shards: Path, tmp_path: Path, workers: int) ->
     run.wait_for("step 1 ")
     shard.write_bytes(content)
     watch = Stopwatch()
+    check_ends_with_one_message(run, "shard.00012.mds", f"shard with a flipped bit, num_workers {workers}", watch)
+    assert "Checksum failure" in run.output()
+
+
+def check_ends_with_one_message(run: Run, shard: str, fault: str, watch: Stopwatch) -> None:
+    """The shard is due after step 12, and its rank says so when it comes there."""
+    run.wait_for("error (")
+    detected = watch.seconds()
     ended = run.wait()
-    assert "Checksum failure" in ended.output
-    check_ends_with_one_message(ended, "shard.00012.mds", f"flipped bit in a shard, num_workers {workers}", watch)
-
-
-def check_ends_with_one_message(ended: Any, shard: str, fault: str, watch: Stopwatch) -> None:
     assert 2 in ended.codes, ended.output
     assert 0 not in ended.codes
     lines = [line for line in ended.output.splitlines() if line.startswith("error") and shard in line]
     assert len(lines) == 1, ended.output
     assert re.search(r"rank \d, after step \d+", lines[0]), lines[0]
     assert "Traceback (" not in ended.output
-    observe(fault, "the run ends", detected=watch.seconds(), recovered=None, message=lines[0])
+    latest = run.folder / "checkpoints/latest"
+    assert manifest.read(latest).step >= 8
+    outcome = "one message when the shard is needed, the last checkpoint stays; exit code 2"
+    observe(fault, outcome, run=run.folder, detected=detected, recovered=None, message=lines[0])

@@ -91,7 +91,7 @@ def sound(folder: Path) -> list[str]:
 FAULTS = {"full": "No space left on device", "read-only": "Read-only file system"}
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", ["read-only", pytest.param("full", marks=pytest.mark.long)])
 def test_training_goes_on_and_saving_works_again_when_the_disk_does(fault: str, recipe: Path, disk: Disk) -> None:
     run = Run(recipe, ranks=2, cwd=recipe.parent)
     run.wait_for("ep0-ba5 ")
@@ -123,6 +123,7 @@ def test_training_goes_on_and_saving_works_again_when_the_disk_does(fault: str, 
     observe(
         f"disk of the checkpoints {fault}",
         "training goes on, the last good checkpoint stays; saved again when the disk can be written",
+        run=run.folder,
         detected=detected,
         recovered=recovered,
         message=message,
@@ -181,21 +182,23 @@ def test_a_disk_that_goes_away_is_not_replaced_by_its_mount_point(recipe: Path, 
     run.wait_for("NOT SAVED")
     detected, before = watch.seconds(), steps(run)
     until(run, lambda: steps(run) > before)
+    recovered = watch.seconds()
     message = next(line for line in run.output().splitlines() if "NOT SAVED" in line)
-    observe(
-        "disk of the checkpoints unmounted",
-        "training goes on; nothing is written to the mount point",
-        detected=detected,
-        recovered=watch.seconds(),
-        message=message,
-    )
     run.send(signal.SIGTERM)
     ended = run.wait()
     assert ended.codes == (1, 1), ended.output
     assert not list(disk.place.glob("ep*"))
+    observe(
+        "disk of the checkpoints unmounted",
+        "training goes on; nothing is written to the mount point",
+        run=run.folder,
+        detected=detected,
+        recovered=recovered,
+        message=message,
+    )
 
 
-@pytest.mark.parametrize("fault", ["torn", pytest.param("flipped bit", marks=pytest.mark.long)])
+@pytest.mark.parametrize("fault", ["torn", pytest.param("with a flipped bit", marks=pytest.mark.long)])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(fault: str, corpus: TinyCorpus, tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path / "damaged.yaml", corpus, eval_loader=None)
     whole = launch(recipe, ranks=2, cwd=tmp_path)
@@ -215,7 +218,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(fault: str, corp
     detected = watch.seconds()
     run.wait_for("step 9 ")
     recovered = watch.seconds()
-    assert (folder / "latest").readlink().name in ("ep0-ba8", "ep0-ba12")
+    # Mended at the start; the step is the last but three, so the run may have made it anew.
+    assert (folder / "latest").readlink().name == "ep0-ba8" or manifest.verify(folder / "ep0-ba12") == []
     ended = run.wait()
     assert ended.code == 0, ended.output
     message = next(line for line in ended.output.splitlines() if "is refused" in line)
@@ -223,8 +227,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(fault: str, corp
     assert ended.metrics(LOSS) == losses
     assert "ep0-ba12" in sound(folder)
     observe(
-        f"{fault} in a shard of the newest checkpoint",
+        f"checkpoint {fault}: the newest, in one file",
         "named; the one before it is taken, and the steps are repeated with the same bits",
+        run=whole.folder,
         detected=detected,
         recovered=recovered,
         message=message,

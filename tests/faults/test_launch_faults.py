@@ -34,6 +34,13 @@ def ranks_of(supervisor: subprocess.Popen[bytes]) -> dict[int, psutil.Process]:
     return found
 
 
+def lives(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.Error:
+        return False
+
+
 def kill_rank(supervisor: subprocess.Popen[bytes]) -> None:
     ranks_of(supervisor)[1].kill()
 
@@ -89,4 +96,46 @@ def test_what_is_killed_starts_again_and_no_bit_differs(
     assert f"launch      restart 1 of 3 in 1 s, from step {resumed}" in log.read_text()
     assert read_metric(run, LOSS) == undisturbed.metrics(LOSS)
     assert same_state(run / "checkpoints/ep0-ba60", undisturbed.folder / "checkpoints/ep0-ba60") > 10
-    observe(name, "started again, same bits", detected=detected, recovered=recovered, message=message)
+    observe(name, "started again, same bits", run=run, detected=detected, recovered=recovered, message=message)
+
+
+def test_llmtrain_launch_is_killed_itself(corpus: TinyCorpus, tmp_path: Path) -> None:
+    """Nobody is left who could start the ranks again: they save and end."""
+    recipe = tiny_recipe(
+        tmp_path / "alone.yaml", corpus, max_duration="2000ba", save_interval="1000ba", eval_loader=None
+    )
+    run, log = tmp_path / "runs/alone", tmp_path / "launch.log"
+    command = [sys.executable, "-m", "llmtrain", "launch", str(recipe), "--gpus-per-node", "2"]
+    with log.open("w") as output:
+        supervisor = subprocess.Popen(command, cwd=tmp_path, env=launcher_environment(), stdout=output, stderr=output)
+    try:
+        deadline = time.monotonic() + 600
+        while progress(run, None).step < 5:
+            assert time.monotonic() < deadline, log.read_text()
+            assert supervisor.poll() is None, log.read_text()
+            time.sleep(0.02)
+        family = psutil.Process(supervisor.pid).children(recursive=True)
+        assert set(ranks_of(supervisor)) == {0, 1}
+        before = progress(run, None).step
+    finally:
+        supervisor.kill()
+    watch = Stopwatch()
+    supervisor.wait()
+    while any(lives(process) for process in family):
+        assert watch.seconds() < 60, log.read_text()
+        time.sleep(0.02)
+    detected = watch.seconds()
+    step = progress(run, run / "checkpoints").checkpoint
+    assert step >= before
+    again = launch(recipe, [f"max_duration={step + 1}ba"], ranks=2, cwd=tmp_path)
+    assert again.code == 0, again.output
+    message = next(line for line in again.output.splitlines() if "continues after step" in line)
+    assert f"continues after step {step}" in message
+    observe(
+        "launcher killed: llmtrain launch itself",
+        "all ranks save and end, nobody is left to show what they say; the same command continues, and says where",
+        run=run,
+        detected=detected,
+        recovered=None,
+        message=message,
+    )

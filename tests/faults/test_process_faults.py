@@ -78,15 +78,16 @@ def test_a_rank_is_killed(corpus: TinyCorpus, tmp_path: Path) -> None:
     step = latest_is_intact(run.folder)
     again = Run(recipe, ["max_duration=" + str(step + 2) + "ba"], ranks=2, cwd=tmp_path)
     again.wait_for(f"train       step {step + 1} ")
-    outcome = "the other ranks end with exit code 75; the same command continues from the newest checkpoint"
-    observe("rank killed (SIGKILL)", outcome, detected=detected, recovered=watch.seconds(), message=message)
+    recovered = watch.seconds()
     assert again.wait().code == 0
+    outcome = "the other ranks end with exit code 75; the same command continues from the newest checkpoint"
+    observe("rank killed (SIGKILL)", outcome, run=run.folder, detected=detected, recovered=recovered, message=message)
 
 
 def test_a_rank_is_stopped_for_good(corpus: TinyCorpus, tmp_path: Path) -> None:
-    run = Run(make(tmp_path, corpus, watchdog={"heart_limit": 10}), ranks=2, cwd=tmp_path)
+    run = Run(make(tmp_path, corpus, watchdog={"heart_limit": 6}), ranks=2, cwd=tmp_path)
     run.wait_for("ep0-ba5  ")
-    check_stopped(run, "rank stopped for good (SIGSTOP), heart_limit 10")
+    check_stopped(run, "rank stopped for good (SIGSTOP), heart_limit 6")
 
 
 @pytest.mark.long  # the limits that a recipe has without saying so
@@ -101,16 +102,19 @@ def check_stopped(run: Run, fault: str) -> None:
     run.send(signal.SIGSTOP, [1])
     run.wait_for("error (")
     detected = watch.seconds()
+    wait_until(lambda: not run.processes[0].is_alive(), 30, run.output)
+    run.send(signal.SIGKILL, [1])  # as its launcher would
     finished = run.wait()
-    assert finished.codes[0] == LOST_CONTACT, finished.output
+    assert finished.codes == (LOST_CONTACT, -signal.SIGKILL), finished.output
     message = line_with(finished.output, "error (")
     assert re.match(r"error \(rank 1, after step \d+\): the run waits for it: its heart stopped", message), message
     assert "Thread" in (run.folder / "hang/rank-0.txt").read_text()
     latest_is_intact(run.folder)
     outcome = "named, with stacks in RUN/hang; exit code 75"
-    observe(fault, outcome, detected=detected, recovered=None, message=message)
+    observe(fault, outcome, run=run.folder, detected=detected, recovered=None, message=message)
 
 
+@pytest.mark.long
 def test_a_rank_is_stopped_and_goes_on(corpus: TinyCorpus, tmp_path: Path) -> None:
     recipe = make(tmp_path, corpus, max_duration="30ba", watchdog={"step_limit": 12, "heart_limit": 12})
     run = Run(recipe, ranks=2, cwd=tmp_path)
@@ -129,6 +133,7 @@ def test_a_rank_is_stopped_and_goes_on(corpus: TinyCorpus, tmp_path: Path) -> No
     observe(
         "rank stopped for 7 s (SIGSTOP, SIGCONT)",
         "the run waits and goes on",
+        run=run.folder,
         detected=recovered,
         recovered=recovered,
         message="(nothing is said)",
@@ -169,9 +174,11 @@ def test_a_rank_runs_out_of_memory(corpus: TinyCorpus, tmp_path: Path) -> None:
     assert json.loads((run.folder / "failures/rank-1.json").read_text())["step"] == 12
     assert latest_is_intact(run.folder) == 10
     outcome = "one message with what to lower; traceback in RUN/failures; exit code 1, of the others 75"
-    observe("out of memory in one rank (RLIMIT_AS)", outcome, detected=detected, recovered=None, message=message)
+    fault = "out of memory in one rank (RLIMIT_AS)"
+    observe(fault, outcome, run=run.folder, detected=detected, recovered=None, message=message)
 
 
+@pytest.mark.long  # an exception in one rank, as out of memory is
 def test_a_worker_of_a_data_loader_is_killed(corpus: TinyCorpus, tmp_path: Path) -> None:
     loader = {
         "name": "text",
@@ -193,7 +200,8 @@ def test_a_worker_of_a_data_loader_is_killed(corpus: TinyCorpus, tmp_path: Path)
     assert "num_workers" in message
     latest_is_intact(run.folder)
     outcome = "one message; exit code 1, of the others 75; the same command continues"
-    observe("data-loader worker killed (SIGKILL)", outcome, detected=detected, recovered=None, message=message)
+    fault = "data-loader worker killed (SIGKILL)"
+    observe(fault, outcome, run=run.folder, detected=detected, recovered=None, message=message)
 
 
 SLOW = """
@@ -210,6 +218,7 @@ Block.forward = slow
 """
 
 
+@pytest.mark.long
 def test_a_slow_rank_is_named(corpus: TinyCorpus, tmp_path: Path) -> None:
     recipe = with_code(tmp_path, corpus, SLOW, max_duration="12ba", watchdog={"report_interval": 5})
     run = Run(recipe, ranks=2, cwd=tmp_path)
@@ -224,7 +233,8 @@ def test_a_slow_rank_is_named(corpus: TinyCorpus, tmp_path: Path) -> None:
     assert set(finished.metrics("time/step_p50")) == {5, 10}
     assert finished.metrics("time/step_p99")[10] >= finished.metrics("time/step_p50")[10] > 0.05
     assert 0 <= finished.metrics("time/data_wait_share")[10] < 0.5
-    observe("slow rank", "named; training goes on", detected=detected, recovered=detected, message=message)
+    outcome = "named; training goes on"
+    observe("slow rank", outcome, run=run.folder, detected=detected, recovered=detected, message=message)
 
 
 CLOCK_JUMP = """
@@ -252,6 +262,7 @@ Block.forward = jump
 """
 
 
+@pytest.mark.long
 def test_the_clock_jumps(corpus: TinyCorpus, tmp_path: Path) -> None:
     """Python's clocks of wall time in both ranks: two hours on in one, two hours back in the other."""
     watchdog = {"step_limit": 60, "heart_limit": 20, "report_interval": 5}
@@ -272,6 +283,7 @@ def test_the_clock_jumps(corpus: TinyCorpus, tmp_path: Path) -> None:
     observe(
         "clock jump (2 h on in one rank, 2 h back in the other)",
         "training goes on, the same numbers",
+        run=run.folder,
         detected=recovered,
         recovered=recovered,
         message="(nothing is said)",
@@ -293,7 +305,8 @@ def test_sigterm_with_a_grace(corpus: TinyCorpus, tmp_path: Path) -> None:
     assert "error" not in finished.output
     assert f"after step {latest_is_intact(run.folder)};" in message
     outcome = "saves after the step, exit code 143; the same command continues"
-    observe("SIGTERM to all ranks, 30 s grace", outcome, detected=detected, recovered=None, message=message)
+    fault = "SIGTERM to all ranks, 30 s grace"
+    observe(fault, outcome, run=run.folder, detected=detected, recovered=None, message=message)
 
 
 @pytest.mark.long
@@ -333,7 +346,8 @@ def test_sigterm_while_something_is_in_flight(during: str, corpus: TinyCorpus, t
     message = line_with(finished.output, "SIGTERM: stopped")
     assert f"after step {latest_is_intact(run.folder)};" in message
     outcome = "saves, exit code 143; the same command continues"
-    observe(f"SIGTERM during {during}", outcome, detected=detected, recovered=None, message=message)
+    fault = f"SIGTERM during {during}"
+    observe(fault, outcome, run=run.folder, detected=detected, recovered=None, message=message)
 
 
 def launched(recipe: Path, cwd: Path) -> tuple[subprocess.Popen[bytes], Path]:
@@ -376,7 +390,7 @@ def test_the_launcher_is_killed(corpus: TinyCorpus, tmp_path: Path) -> None:
     stopped = line_with(log.read_text(), "SIGTERM: stopped")
     assert f"after step {latest_is_intact(run)};" in stopped
     outcome = "the ranks notice that they are orphans, save, and end; the same command continues"
-    observe("launcher killed (SIGKILL)", outcome, detected=detected, recovered=None, message=message)
+    observe("launcher killed (SIGKILL)", outcome, run=run, detected=detected, recovered=None, message=message)
 
 
 @pytest.mark.long  # ranks that import for themselves
@@ -392,4 +406,5 @@ def test_sigterm_to_the_launcher(corpus: TinyCorpus, tmp_path: Path) -> None:
     message = line_with(log.read_text(), "SIGTERM: stopped")
     assert f"after step {latest_is_intact(run)};" in message
     outcome = "all ranks save after the step; exit code 143; the same command continues"
-    observe("SIGTERM to the launcher, 30 s grace", outcome, detected=detected, recovered=None, message=message)
+    fault = "SIGTERM to the launcher, 30 s grace"
+    observe(fault, outcome, run=run, detected=detected, recovered=None, message=message)

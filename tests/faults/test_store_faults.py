@@ -45,18 +45,12 @@ def line_with(run: Run, text: str) -> str:
     return next(line for line in run.output().splitlines() if text in line)
 
 
-def cut(proxy: CuttingProxy) -> None:
-    proxy.every, proxy.after = 1, 1
-    for end in list(proxy._sockets):
-        end.close()
-
-
 def test_the_store_goes_down_and_comes_back(recipe: Any, s3: str, tmp_path: Path) -> None:
     path, environment, complete = recipe
     with CuttingProxy(int(s3.rpartition(":")[2]), every=0, after=0) as proxy:
         run = Run(path, ranks=2, cwd=tmp_path, environment={**environment, "S3_ENDPOINT_URL": proxy.url})
         run.wait_for("ep0-ba4 -> s3://")
-        cut(proxy)
+        proxy.down()
         watch = Stopwatch()
         run.wait_for(" fails: ")
         detected = watch.seconds()
@@ -78,19 +72,21 @@ def test_the_store_goes_down_and_comes_back(recipe: Any, s3: str, tmp_path: Path
     observe(
         "store of checkpoints down and back",
         "training goes on, uploads are tried again until they arrive",
+        run=run.folder,
         detected=detected,
         recovered=recovered,
         message=message,
     )
 
 
+@pytest.mark.long
 def test_the_store_stays_away(recipe: Any, s3: str, tmp_path: Path) -> None:
     path, environment, complete = recipe
     environment["LLMTRAIN_STORAGE_ATTEMPTS"] = "3"
     with CuttingProxy(int(s3.rpartition(":")[2]), every=0, after=0) as proxy:
         run = Run(path, ranks=2, cwd=tmp_path, environment={**environment, "S3_ENDPOINT_URL": proxy.url})
         run.wait_for("ep0-ba4 -> s3://")
-        cut(proxy)
+        proxy.down()
         watch = Stopwatch()
         ended = run.wait()
     assert ended.codes == (1, 1), ended.output
@@ -101,6 +97,7 @@ def test_the_store_stays_away(recipe: Any, s3: str, tmp_path: Path) -> None:
     observe(
         "store of checkpoints stays away",
         "the run is trained to its end, names what did not arrive, exits with 1; the same command sends it",
+        run=run.folder,
         detected=watch.seconds(),
         recovered=None,
         message=message,
@@ -126,6 +123,7 @@ def test_the_store_is_away_at_the_start(recipe: Any, s3: str, tmp_path: Path) ->
         observe(
             "store of checkpoints away at the start",
             "one message before the first step; a warning where a checkpoint is on this machine",
+            run=run.folder,
             detected=watch.seconds(),
             recovered=None,
             message=message,

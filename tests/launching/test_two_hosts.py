@@ -11,6 +11,7 @@ import pytest
 
 from llmtrain.launching.progress import progress
 from llmtrain.testing.corpus import TinyCorpus
+from llmtrain.testing.faults import Stopwatch, observe
 from llmtrain.testing.launch import launch, launcher_environment, read_metric
 from llmtrain.testing.recipe import tiny_recipe
 from llmtrain.testing.state import same_state
@@ -69,24 +70,54 @@ class Hosts:
         assert codes == [0] * len(codes), self.output()
 
 
-def test_a_lost_host_comes_back_and_no_bit_differs(corpus: TinyCorpus, tmp_path: Path) -> None:
-    """Torchrun: all processes of one host are killed, `llmtrain launch` is started there again."""
+@pytest.mark.parametrize(
+    ("launcher", "lost", "how"),
+    [
+        ("torchrun", 1, "killed"),
+        pytest.param("torchrun", 1, "without power", marks=pytest.mark.long),
+        pytest.param("torchrun", 0, "killed", marks=pytest.mark.long),  # where the rendezvous is
+        pytest.param("composer", 1, "killed", marks=pytest.mark.long),
+        pytest.param("composer", 0, "without power", marks=pytest.mark.long),
+    ],
+)
+def test_a_lost_host_comes_back_and_no_bit_differs(
+    launcher: str, lost: int, how: str, corpus: TinyCorpus, tmp_path: Path
+) -> None:
+    """`llmtrain launch` is started there again."""
     recipe = tiny_recipe(tmp_path / "hosts.yaml", corpus, max_duration="60ba", save_interval="10ba", eval_loader=None)
     undisturbed = launch(recipe, ["run_name=undisturbed"], ranks=2, cwd=tmp_path)
     assert undisturbed.code == 0, undisturbed.output
     with two_hosts() as pair:
         hosts = Hosts(pair, recipe)
-        first, second = hosts.start(pair.first), hosts.start(pair.second)
-        hosts.wait_for_step(15, first, second)
-        second.lose()
-        second = hosts.start(pair.second)
-        hosts.ended(first, second)
+        both = [pair.first, pair.second]
+        numbered = [["--node-rank", str(rank)] if launcher == "composer" else [] for rank in (0, 1)]
+        running = [hosts.start(host, *options) for host, options in zip(both, numbered, strict=True)]
+        hosts.wait_for_step(15, *running)
+        running[lost].lose(pair.unplug if how == "without power" else None)
+        watch, log, other = Stopwatch(), hosts.log(both[1 - lost]), running[1 - lost]
+        hosts.wait_until(lambda: "error (rank" in log.read_text(errors="replace"), other)
+        detected = watch.seconds()
+        if how == "without power":
+            pair.plug()
+        running[lost] = hosts.start(both[lost], *numbered[lost])
+        hosts.ended(*running)
     output = hosts.output()
-    assert "launch      rank" in output, output  # whichever of the two noticed it
+    (message,) = [line for line in output.splitlines() if line.startswith("error (")]
+    assert message.startswith(f"error (rank {lost}, after step "), message
+    assert "its heart stopped" in message
     assert "continues after step" in output, output
     assert read_metric(hosts.run, LOSS) == undisturbed.metrics(LOSS)
     end = "checkpoints/ep0-ba60"
     assert same_state(hosts.run / end, undisturbed.folder / end) > 10
+    what = "all of its processes killed" if how == "killed" else "the cable is pulled, then they are killed"
+    observe(
+        f"host lost: {what}; rank {lost}, {launcher}",
+        "named by the other host, which waits; the same line there again, and the run goes on, same bits",
+        run=hosts.run,
+        detected=detected,
+        recovered=None,
+        message=message,
+    )
 
 
 @pytest.mark.long
