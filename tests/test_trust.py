@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from llmtrain import trust
@@ -105,7 +106,7 @@ def test_a_checkpoint_s_own_recipe_is_not_trusted(evil: Path) -> None:
     (folder / "config.json").write_text(json.dumps({"model_type": "mine", "auto_map": {"AutoConfig": "mine.C"}}))
     checkpoint = evil.parent / "checkpoint"
     checkpoint.mkdir()
-    (checkpoint / "full.pt").write_bytes(b"")
+    torch.save({"state": {"model": {"model.head.weight": torch.zeros(1)}}}, checkpoint / "full.pt")
     model = {"name": "hf_causal_lm", "pretrained_model_name_or_path": str(folder), "trust_remote_code": True}
     manifest.write(
         checkpoint,
@@ -116,7 +117,7 @@ def test_a_checkpoint_s_own_recipe_is_not_trusted(evil: Path) -> None:
         recipe={"model": model},
         tokenizer_fingerprint=None,
     )
-    with pytest.raises(UserError, match=r"--trust-code|holds no model|cannot be read"):
+    with pytest.raises(UserError, match=r"model\.trust_remote_code: .*mine\.py \(sha256.*--trust-code"):
         open_hf(checkpoint)
     assert not Path("mark").exists()
 
