@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from llmtrain.cli import app
 from llmtrain.errors import UserError
 from llmtrain.launching import command, network, slurm
 from llmtrain.launching.command import Options, launch_command
@@ -211,6 +213,19 @@ def test_no_word_of_the_user_becomes_a_command_of_the_batch_script(corpus: TinyC
 )
 def test_endpoints(given: str, host: str, port: int) -> None:
     assert LaunchPlan(Path("r.yaml"), rdzv_endpoint=given).endpoint() == (host, port)
+
+
+def test_the_commands_of_the_docs_are_good_ones(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(repository)
+    text = (repository / "docs" / "launching.md").read_text().replace("\\\n", " ")
+    lines = [
+        line.partition("#")[0].partition("|")[0] for line in text.splitlines() if line.startswith("llmtrain launch")
+    ]
+    assert len(lines) >= 6
+    for line in lines:
+        done = CliRunner().invoke(app, [*shlex.split(line)[1:], "--print"])
+        assert done.exit_code == 0, (line, done.exception)
+        assert "torchrun" in done.stdout or "composer" in done.stdout or "llmtrain" in done.stdout
 
 
 def test_printing_imports_no_torch(recipe: Path) -> None:
