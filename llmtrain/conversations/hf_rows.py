@@ -13,6 +13,7 @@ from llmtrain.conversations.messages import BadExample
 from llmtrain.conversations.row import Row
 from llmtrain.errors import UserError
 from llmtrain.foreign_datasets import load_dataset
+from llmtrain.redaction import redact
 
 _BUILDERS = {"json", "csv", "parquet"}
 _URI = re.compile(r"^[a-z][a-z0-9+-]*:/")
@@ -78,7 +79,8 @@ def identity_of_dataset(
         UserError: a local file is not there.
     """
     kwargs = dict(hf_kwargs or {})
-    asked = json.dumps([hf_name, split or "train", kwargs, safe_load], sort_keys=True, default=str)
+    # Data are the same whoever asks, and this text is written beside what is made of them.
+    asked = json.dumps([hf_name, split or "train", redact(kwargs), safe_load], sort_keys=True, default=str)
     files = _local_files(hf_name, split or "train", kwargs)
     folder = Path(hf_name).expanduser()
     if files is not None:

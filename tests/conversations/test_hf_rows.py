@@ -113,6 +113,15 @@ def test_identity(folder, tmp_path):
     assert first != identity_of_dataset("json", "train", data_files)
 
 
+def test_identity_holds_no_token():
+    """It stands in prep.json, as text."""
+    asked = [
+        identity_of_dataset("a/b", hf_kwargs={"token": token}, ask_hub=False) for token in ("planted1", "planted2")
+    ]
+    assert "planted" not in asked[0]
+    assert asked[0] == asked[1]
+
+
 def test_import_is_light():
     code = (
         "import sys, llmtrain.conversations.rows, llmtrain.conversations.preprocessing as p; p.registered(); "
