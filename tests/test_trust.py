@@ -96,6 +96,18 @@ def test_a_config_cannot_have_a_kernel_fetched_from_the_hub(evil: Path) -> None:
         read_config(HFConfig(name="hf_causal_lm", pretrained_model_name_or_path=str(folder)))
 
 
+def test_a_config_inside_a_config_inside_a_config_cannot_either(evil: Path) -> None:
+    from types import SimpleNamespace
+
+    from llmtrain.hf_model.load import _refuse_kernels
+
+    deep = SimpleNamespace(_attn_implementation="somebody/kernel")
+    outer = SimpleNamespace(_attn_implementation=None, text=SimpleNamespace(_attn_implementation="sdpa", talker=deep))
+    outer.text.circle = outer
+    with pytest.raises(UserError, match=r"attn_implementation.*somebody/kernel.*--trust-code"):
+        _refuse_kernels(outer, "a")
+
+
 def test_a_checkpoint_s_own_recipe_is_not_trusted(evil: Path) -> None:
     """The known gap: a stranger's checkpoint whose manifest says trust_remote_code."""
     from llmtrain.hf_model.source import open_hf

@@ -60,7 +60,14 @@ def read_config(cfg: HFConfig) -> Any:
 
 def _refuse_kernels(config: Any, name: str) -> None:
     """A config may name a repository of the hub as its attention, which transformers fetches and runs unasked."""
-    for part in (config, *(value for value in vars(config).values() if hasattr(value, "_attn_implementation"))):
+    waiting: list[Any] = [config]
+    seen: set[int] = set()
+    while waiting:
+        part = waiting.pop()
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
+        waiting += [value for value in vars(part).values() if hasattr(value, "_attn_implementation")]
         for key in ("_attn_implementation", "_experts_implementation"):
             wanted = getattr(part, key, None)
             if isinstance(wanted, str) and "/" in wanted:
