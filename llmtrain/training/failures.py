@@ -15,7 +15,8 @@ from llmtrain.errors import UserError
 from llmtrain.redaction import redact_text
 from llmtrain.training import watching
 from llmtrain.training.exit_codes import FAILED, LOST_CONTACT, USER_ERROR
-from llmtrain.training.watchdog import end_now, following
+from llmtrain.training.rank_process import end_now
+from llmtrain.training.watchdog import following
 
 FAILURES = "failures"
 """Folder inside of the run's: for each rank that failed by itself, a JSON file and its traceback."""
@@ -62,10 +63,18 @@ def advice_for(cause: str) -> str:
 
 
 def is_consequence(error: BaseException) -> bool:
-    """Whether an error looks as if another rank had failed before."""
-    if isinstance(error, UserError):
+    """Whether an error looks as if another rank had failed before; the only rank of a run has no other."""
+    if isinstance(error, UserError) or os.environ.get("WORLD_SIZE") == "1" or _reads_data(error):
         return False
     return isinstance(error, (RuntimeError, ConnectionError, TimeoutError)) and bool(_CONSEQUENCE.search(str(error)))
+
+
+def _reads_data(error: BaseException) -> bool:
+    """Whether it came up where a batch is read: a store of data resets connections, too, and that is its own fault."""
+    files = [frame.filename.replace("\\", "/") for frame in traceback.extract_tb(error.__traceback__)]
+    if not files or "/torch/distributed/" in files[-1]:  # ranks also meet in a loader
+        return False
+    return any(part in file for file in files for part in ("/torch/utils/data/", "/streaming/", "/llmtrain/data/"))
 
 
 def note_failure(run: Path, *, rank: int, step: int, cause: str, code: int, text: str) -> Path | None:
@@ -142,7 +151,10 @@ def report(error: Exception, run: Path) -> int:
     else:
         parts = [cause.rstrip("."), advice_for(cause), f"Traceback: {file}" if file else text]
         cause = ". ".join(part.rstrip(".") for part in parts if part)
-    print(f"error (rank {rank}, after step {step}): {cause}", file=sys.stderr, flush=True)
+    agreed = isinstance(error, UserError) and error.agreed
+    if rank == 0 or not agreed:
+        who = "all ranks" if agreed else f"rank {rank}"
+        print(f"error ({who}, after step {step}): {cause}", file=sys.stderr, flush=True)
     return code
 
 
