@@ -12,14 +12,14 @@ from composer.utils import dist
 
 from llmtrain.checkpoint.retention import Retention
 from llmtrain.errors import UserError
-from llmtrain.training.agreement import from_all_ranks, from_rank_zero
+from llmtrain.training.agreement import exchange, from_all_ranks, from_rank_zero
 from llmtrain.training.checkpoint_folder import CheckpointFolder, Kind, Moment
 from llmtrain.training.environment import say
 from llmtrain.training.hashed_files import write_full, write_sharded
 from llmtrain.training.save_failures import PAUSES, SaveFailures
 from llmtrain.training.save_job import SaveGroups, SaveJob, SaveThread
 from llmtrain.training.save_space import room_for_copies
-from llmtrain.training.saved_state import HostMemory, TakenState, state_to_save
+from llmtrain.training.saved_state import HostMemory, KnownItems, TakenState, state_to_save
 
 _A_MOMENT = 1.0
 _AT_CLOSE = 60.0
@@ -83,6 +83,7 @@ class CheckpointSaver(Callback):  # type: ignore[misc]
         self._last_saved: tuple[int, int] | None = None
         self._wants_best: tuple[str, str, float] | None = None
         self._memory = HostMemory()
+        self._known = KnownItems()
         self._groups: SaveGroups | None = None
         self._failures = SaveFailures(folder, None, 0)
         self._in_flight: SaveThread | None = None
@@ -253,7 +254,7 @@ class CheckpointSaver(Callback):  # type: ignore[misc]
         job = SaveJob(moment, None, self._failures.last_good)
         assert self._groups is not None
         if moment.kind == "sharded" and self._groups.writes:
-            taken, group = TakenState(content, self._memory if copied else None), self._groups.writers
+            taken, group = TakenState(content, self._memory if copied else None, self._known), self._groups.writers
             job.write = lambda folder: write_sharded(folder, taken, group)
         elif moment.kind == "full" and dist.get_global_rank() == 0:
             job.write = lambda folder: write_full(folder, content)
@@ -270,7 +271,7 @@ class CheckpointSaver(Callback):  # type: ignore[misc]
         busy = self._in_flight is not None and not self._in_flight.done
         again = dist.get_global_rank() == 0 and self._failures.time_for_another_try
         flags = state.device.tensor_to_device(torch.tensor([int(busy), int(again)], dtype=torch.int32))
-        dist.all_reduce(flags, reduce_operation="MAX")
+        exchange(flags, "MAX")
         anywhere_busy, time_for_another = flags.tolist()
         if anywhere_busy:
             return False

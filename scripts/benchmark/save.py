@@ -3,7 +3,11 @@
     python scripts/benchmark/save.py [--d-model 768] [--layers 14] [--pairs 6] [--every 3]
 
 Both ways take turns within one run, and each save beside the training is compared with the one after it, so that other
-work on the machine hits both. The median of these ratios is what counts.
+work on the machine hits both. Two costs are told, because either alone misleads:
+
+    stall       for how long the training stands still in the call that saves
+    in all      the stall, by how much the steps until the next save are slower than steps with no save in flight, and
+                the wait for a save that is not done when the next one is due
 """
 
 import argparse
@@ -13,6 +17,7 @@ import platform
 import statistics
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -49,7 +54,7 @@ def main() -> None:
             global_train_batch_size=2,
             device_train_microbatch_size=1,
             eval_loader=None,
-            max_duration=f"{(2 * options.pairs + 3) * options.every}ba",
+            max_duration=f"{(2 * options.pairs + 4) * options.every}ba",
             save_interval=f"{options.every}ba",
             save_num_checkpoints_to_keep=1,
             code_paths=[str(Path(__file__).with_name("save_probe.py").resolve())],
@@ -63,23 +68,44 @@ def main() -> None:
     report(rows, size.split(",")[0] if "MB" in size.split(",")[0] else size, options.pairs)
 
 
-def report(rows: list[dict[str, float | bool | str | None]], size: str, pairs: int) -> None:
+def report(rows: list[dict[str, Any]], checkpoint: str, pairs: int) -> None:
     """Prints the table; the first save of each way, which allocates memory, is left out."""
-    saves = [(str(row["way"]), float(row["stall"] or 0)) for row in rows if row["way"]][2:]
-    beside = [stall for way, stall in saves if way == "beside"][:pairs]
-    waiting = [stall for way, stall in saves if way == "waiting"][:pairs]
-    ratios = [one / other for one, other in zip(beside, waiting, strict=False)]
-    quiet = [float(row["seconds"] or 0) for row in rows if not row["beside_a_save"]]
-    busy = [float(row["seconds"] or 0) for row in rows if row["beside_a_save"]]
+    quiet = statistics.median(row["seconds"] for row in rows if not row["beside_a_save"])
+    busy = [row["seconds"] for row in rows if row["beside_a_save"]]
+    saves = _saves(rows, quiet)[2:]
+    beside = [save for save in saves if save["way"] == "beside"][:pairs]
+    waiting = [save for save in saves if save["way"] == "waiting"][:pairs]
     print(f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}")
-    print(f"checkpoint: {size}")
-    print(f"stall of a save with waiting, median:    {statistics.median(waiting):8.3f} s")
-    print(f"stall of a save beside, median:          {statistics.median(beside):8.3f} s")
-    print(f"ratio, median of {len(ratios)} pairs:              {statistics.median(ratios):8.1%}")
-    print(f"ratios: {', '.join(f'{ratio:.1%}' for ratio in ratios)}")
-    print(f"step with no save in flight, median:     {statistics.median(quiet):8.3f} s")
+    print(f"checkpoint: {checkpoint}; {len(beside)} pairs; seconds are medians")
+    print(f"{'':<52}{'beside':>10}{'waiting':>10}{'ratio, median and range of the pairs':>42}")
+    for key, what in (
+        ("stall", "training stands still in the call"),
+        ("in_all", "the same, slower steps and waits for it"),
+        ("gather", "  of the call: collecting the state"),
+        ("copy", "  of the call: copying tensors"),
+        ("plan", "  of the call: planning, pickling objects"),
+        ("stall_cpu", "  of the call: CPU time of its thread"),
+    ):
+        medians = [statistics.median(save[key] for save in way) for way in (beside, waiting)]
+        ratios = [one[key] / other[key] for one, other in zip(beside, waiting, strict=False) if other[key] > 0]
+        shown = f"{statistics.median(ratios):.1%} ({min(ratios):.1%} to {max(ratios):.1%})" if ratios else ""
+        print(f"{what:<52}{medians[0]:>9.3f}s{medians[1]:>9.3f}s{shown:>42}")
+    print(f"step with no save in flight: {quiet:.3f} s")
     if busy:
-        print(f"step with a save in flight, median:      {statistics.median(busy):8.3f} s ({len(busy)} steps)")
+        print(f"step with a save in flight:  {statistics.median(busy):.3f} s ({len(busy)} steps)")
+
+
+def _saves(rows: list[dict[str, Any]], quiet: float) -> list[dict[str, Any]]:
+    """One entry a save: its own row, and by how much the steps until the next one were slower than `quiet` seconds."""
+    starts = [number for number, row in enumerate(rows) if "way" in row]
+    found = []
+    for start, end in zip(starts, [*starts[1:], len(rows) - 1], strict=True):
+        save, after = rows[start], rows[start + 1 : end + 1]
+        slower = sum(row["seconds"] - quiet for row in after)
+        waited = after[-1].get("waited", 0.0) if after else 0.0
+        plan = save["take"] - save.get("copy", 0.0)
+        found.append({"copy": 0.0, **save, "plan": plan, "in_all": save["stall"] + slower + waited})
+    return found
 
 
 if __name__ == "__main__":

@@ -2,12 +2,15 @@
 
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.default_planner import create_default_local_save_plan
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from llmtrain.checkpoint import manifest
 from llmtrain.checkpoint.resolve import checkpoints_in
@@ -16,6 +19,7 @@ from llmtrain.testing.launch import Finished, Run, launch
 from llmtrain.testing.ranks import run_ranks
 from llmtrain.testing.recipe import tiny_recipe
 from llmtrain.testing.state import same_state
+from llmtrain.training.saved_state import KnownItems
 
 LOSS = "loss/train/total"
 
@@ -30,7 +34,7 @@ def both_ways(folder: str) -> dict[str, Any]:
     from torch.distributed.fsdp import fully_shard
 
     from llmtrain.training.hashed_files import write_sharded
-    from llmtrain.training.saved_state import HostMemory, TakenState
+    from llmtrain.training.saved_state import HostMemory, KnownItems, TakenState
 
     torch.manual_seed(1)
     model = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.Linear(5, 3, dtype=torch.bfloat16))
@@ -47,35 +51,46 @@ def both_ways(folder: str) -> dict[str, Any]:
 
     def content() -> dict[str, Any]:
         weights, moments = get_state_dict(model, optimizer)
-        state = {"model": weights, "optimizers": moments, "callbacks": counter, "odd": torch.ones(3, 4).t()}
+        state = {
+            "model": weights,
+            "optimizers": moments,
+            "callbacks": counter,
+            "odd": torch.ones(3, len(counter["steps"])).t(),
+        }
         return {"state": state, **({"rng": [torch.get_rng_state()]} if dist.get_rank() == 0 else {})}
 
-    memory, group = HostMemory(), dist.new_group(backend="gloo")
+    memory, known, group = HostMemory(), KnownItems(), dist.new_group(backend="gloo")
     sizes = []
-    for number in range(3):  # the memory is used again
+    for number in range(4):  # memory and plan are used again
         step()
+        if number == 3:  # another type, a key more and one less than was planned before
+            counter |= {"steps": torch.ones(3), "more": 1}
+            del counter["loss"]
         plain, copied = Path(folder) / f"plain{number}", Path(folder) / f"copied{number}"
         save(
             content(),
             storage_writer=FileSystemWriter(plain),
             planner=DefaultSavePlanner(dedup_save_to_lowest_rank=True),
         )
-        taken = TakenState(content(), memory)
+        taken = TakenState(content(), memory, known)
         step()
-        counter["steps"].append(number)
+        if number < 3:
+            counter["steps"].append(number)
         torch.manual_seed(number + 5)
         entries = write_sharded(copied, taken, group)
         sizes.append({name: (entry.size, entry.xxh128) for name, entry in entries.items()})
-        counter["loss"] += 1.0
+        counter["loss"] = counter.get("loss", 0.0) + 1.0
     return {"entries": sizes}
 
 
 def test_files_are_those_of_a_save_with_waiting_byte_by_byte(tmp_path: Path) -> None:
     ranks = run_ranks(both_ways, 2, str(tmp_path))
-    for number in range(3):
+    for number in range(4):
         plain, copied = tmp_path / f"plain{number}", tmp_path / f"copied{number}"
         for name in ("__0_0.distcp", "__1_0.distcp"):
             assert (plain / name).read_bytes() == (copied / name).read_bytes(), (number, name)
+        one, other = (replace(FileSystemReader(each).read_metadata(), storage_meta=None) for each in (plain, copied))
+        assert one == other  # but for the ids of saves and of this look
         written = {name: entry for rank in ranks for name, entry in rank["entries"][number].items()}
         assert (
             sorted(written)
@@ -88,6 +103,19 @@ def test_files_are_those_of_a_save_with_waiting_byte_by_byte(tmp_path: Path) -> 
         )
         for name, (size, digest) in written.items():
             assert manifest.file_entry(copied / name) == manifest.FileEntry(size=size, xxh128=digest)
+
+
+def test_a_plan_is_used_again_for_what_has_not_changed() -> None:
+    known = KnownItems()
+    state: dict[str, Any] = {"w": torch.ones(3, 4), "lr": 0.1, "step": torch.tensor(1.0)}
+    first = known.of(state)
+    state["w"], state["lr"] = torch.zeros(3, 4), 0.2
+    assert [one is other for one, other in zip(first, known.of(state), strict=True)] == [True, True, True]
+    for changed in (torch.ones(4, 3), torch.ones(3, 4, dtype=torch.bfloat16), torch.ones(3, 4, requires_grad=True), 5):
+        known.of({"w": torch.ones(3, 4)})
+        state = {"w": changed}
+        assert known.of(state) == create_default_local_save_plan(state, False).items
+    assert known.of({}) == []
 
 
 @pytest.fixture(scope="module")

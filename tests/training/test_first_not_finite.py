@@ -120,3 +120,20 @@ def test_weights_that_are_not_finite() -> None:
         model.blocks[1].down.weight[0, 0] = math.nan
         model.embed.bias[1] = -math.inf
     assert not_finite(model.named_parameters()) == ["embed.bias", "blocks.1.down.weight"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_one_number_that_is_not_finite_is_found_wherever_it_is(dtype: torch.dtype, bad: float) -> None:
+    for place in (0, 1, 499, 998):
+        values = torch.linspace(-1e4, 1e4, 999, dtype=dtype)
+        assert not_finite(iter([("w", values)])) == []
+        values[place] = bad
+        assert not_finite(iter([("w", values)])) == ["w"]
+        assert not_finite(iter([("w", values.view(3, 333).t())])) == ["w"]
+
+
+def test_nothing_and_whole_numbers_are_finite() -> None:
+    assert (
+        not_finite(iter([("empty", torch.empty(0)), ("count", torch.tensor([1, 2])), ("one", torch.tensor(1.0))])) == []
+    )
