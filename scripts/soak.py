@@ -164,7 +164,8 @@ def soak(folder: Path, record: TextIO, steps: int, ranks: int, interval: float, 
 
     corpus = tiny_corpus(folder / "corpus")
     every = max(steps // 50, 10)
-    callbacks = {"hf_checkpointer": {"save_interval": f"{max(steps // 4, 1)}ba"}} if export else None
+    exporter = {"save_folder": "exports", "save_interval": f"{max(steps // 4, 1)}ba"}
+    callbacks = {"hf_checkpointer": exporter} if export else None
     recipe = tiny_recipe(
         folder / "soak.yaml",
         corpus,

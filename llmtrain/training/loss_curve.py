@@ -1,12 +1,18 @@
 """The loss-curve picture of a run."""
 
+import gc
 import json
 import math
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 TRAIN_LOSS = "loss/train/total"
 SKIPPED = "step/skipped"
 """1 at a step whose update was not applied."""
+MOST_POINTS = 10_000
+"""Of the training loss in the picture, which is 960 pixels wide; longer runs show every second, third, ... step."""
 MOST_SOURCES = 6
 """Sources of mixtures that the picture shows; where there are more, metrics.jsonl alone has them."""
 
@@ -33,45 +39,112 @@ def smoothed(values: list[float], weight: float = 0.95) -> list[float]:
 
 def draw_loss_curve(metrics: Path, picture: Path) -> None:
     """Draws training loss (each step and smoothed) and validation cross-entropy over steps, also of few sources."""
-    import matplotlib
+    LossCurve(metrics).draw(picture)
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    rows = read_metrics(metrics)
-    logged = [row for row in rows if TRAIN_LOSS in row]
-    # A step that was left out may have any loss; the curve is of the others, and has a mark there.
-    train = [(row["step"], row[TRAIN_LOSS]) for row in logged if math.isfinite(row[TRAIN_LOSS]) and SKIPPED not in row]
-    skipped = [row["step"] for row in rows if SKIPPED in row]
-    evals: dict[str, list[tuple[float, float]]] = {}
-    for row in rows:
+class LossCurve:
+    """The picture of a run that goes on: what metrics.jsonl has got since the last time is read, and numbers are kept.
+
+    To read all of it for each picture would take seconds and gigabytes of a run of a million steps.
+
+    Args:
+        metrics: the run's metrics.jsonl.
+    """
+
+    def __init__(self, metrics: Path) -> None:
+        self.metrics = metrics
+        self._forget()
+
+    def _forget(self) -> None:
+        self._read = 0
+        self._steps, self._losses, self._skipped = array("d"), array("d"), array("d")
+        self._evaluations: dict[str, tuple[array[float], array[float]]] = {}
+
+    def read_on(self) -> None:
+        """Takes in the lines that are new; all of them when the file has become shorter."""
+        if self.metrics.stat().st_size < self._read:
+            self._forget()
+        with self.metrics.open("rb") as file:
+            file.seek(self._read)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                self._read += len(line)
+                with suppress(ValueError):
+                    self._add(json.loads(line))
+
+    def _add(self, row: dict[str, float]) -> None:
+        # A step that was left out may have any loss; the curve is of the others, and has a mark there.
+        if SKIPPED in row:
+            self._skipped.append(row["step"])
+        elif TRAIN_LOSS in row and math.isfinite(row[TRAIN_LOSS]):
+            self._steps.append(row["step"])
+            self._losses.append(row[TRAIN_LOSS])
         for key, value in row.items():
             if key.startswith("metrics/") and key.endswith("/LanguageCrossEntropy"):
                 label = key.removeprefix("metrics/").removesuffix("/LanguageCrossEntropy")
-                evals.setdefault(label, []).append((row["step"], value))
-    if not train and not evals:
-        return
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    if train:
-        steps, losses = zip(*train, strict=True)
-        axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8, label="train, each step")
-        axes.plot(steps, smoothed(list(losses)), color="tab:blue", label="train, smoothed")
-    for i, step in enumerate(skipped):
-        axes.axvline(step, color="tab:red", alpha=0.4, linewidth=0.8, label="no update" if i == 0 else None)
-    sources = [label for label in sorted(evals) if label.rpartition("/")[0] in evals]
-    for i, label in enumerate(label for label in sorted(evals) if label not in sources):
-        steps, losses = zip(*evals[label], strict=True)
-        axes.plot(steps, losses, "o-", color=f"C{i + 1}", markersize=4, label=f"{label}, {losses[-1]:.3f} at the end")
-    for i, label in enumerate(sources if len(sources) <= MOST_SOURCES else []):
-        steps, losses = zip(*evals[label], strict=True)
-        grey = str(0.25 + 0.5 * i / max(1, len(sources) - 1))
-        axes.plot(steps, losses, "--", color=grey, linewidth=1, label=f"{label}, {losses[-1]:.3f}")
-    axes.set_xlabel("step")
-    axes.set_ylabel("cross-entropy (nats per token)")
-    axes.set_title(metrics.parent.name)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    temporary = picture.with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=120)
-    plt.close(figure)
-    temporary.replace(picture)
+                steps, values = self._evaluations.setdefault(label, (array("d"), array("d")))
+                steps.append(row["step"])
+                values.append(value)
+
+    def draw(self, picture: Path) -> None:
+        """Draws what there is by now; nothing where there is neither a loss nor an evaluation."""
+        self.read_on()
+        if self._steps or self._evaluations:
+            with _garbage_collected():
+                self._draw(picture)
+
+    def _draw(self, picture: Path) -> None:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        evals = self._evaluations
+        figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+        if self._steps:
+            every = -(-len(self._steps) // MOST_POINTS)
+            steps, smooth = self._steps[::every], smoothed(list(self._losses))[::every]
+            axes.plot(
+                steps, self._losses[::every], color="tab:blue", alpha=0.25, linewidth=0.8, label="train, each step"
+            )
+            axes.plot(steps, smooth, color="tab:blue", label="train, smoothed")
+        for i, step in enumerate(self._skipped):
+            axes.axvline(step, color="tab:red", alpha=0.4, linewidth=0.8, label="no update" if i == 0 else None)
+        sources = [label for label in sorted(evals) if label.rpartition("/")[0] in evals]
+        for i, label in enumerate(label for label in sorted(evals) if label not in sources):
+            steps, losses = evals[label]
+            axes.plot(
+                steps, losses, "o-", color=f"C{i + 1}", markersize=4, label=f"{label}, {losses[-1]:.3f} at the end"
+            )
+        for i, label in enumerate(sources if len(sources) <= MOST_SOURCES else []):
+            steps, losses = evals[label]
+            grey = str(0.25 + 0.5 * i / max(1, len(sources) - 1))
+            axes.plot(steps, losses, "--", color=grey, linewidth=1, label=f"{label}, {losses[-1]:.3f}")
+        axes.set_xlabel("step")
+        axes.set_ylabel("cross-entropy (nats per token)")
+        axes.set_title(self.metrics.parent.name)
+        axes.grid(alpha=0.3)
+        axes.legend()
+        temporary = picture.with_suffix(".tmp.png")
+        figure.savefig(temporary, dpi=120)
+        plt.close(figure)
+        temporary.replace(picture)
+
+
+@contextmanager
+def _garbage_collected() -> Iterator[None]:
+    """Frees the cycles that are made inside, at once and without a look at all other objects of the process.
+
+    A figure of matplotlib is 3 MB of them. Python looks for cycles among objects that have lived for a while when these
+    have become a quarter more, and a training process has a million: figures would pile up to hundreds of MB.
+    """
+    ours = gc.get_freeze_count() == 0
+    if ours:
+        gc.freeze()
+    try:
+        yield
+    finally:
+        if ours:
+            gc.collect()
+            gc.unfreeze()

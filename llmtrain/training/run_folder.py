@@ -14,7 +14,7 @@ from composer.utils import dist
 
 from llmtrain.tokenizer import save_tokenizer
 from llmtrain.training.logger_destinations import WANDB_RUN_ID
-from llmtrain.training.loss_curve import TRAIN_LOSS, draw_loss_curve, read_metrics
+from llmtrain.training.loss_curve import TRAIN_LOSS, LossCurve, read_metrics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -71,6 +71,7 @@ class MetricsFile(LoggerDestination):  # type: ignore[misc]
         self._told = False
         self._step: int | None = None
         self._drawn = time.monotonic()
+        self._curve = LossCurve(folder.metrics)
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
         if not self._enabled:
@@ -87,6 +88,7 @@ class MetricsFile(LoggerDestination):  # type: ignore[misc]
                 "".join(json.dumps(row) + "\n" for row in self._rows_before(int(state.timestamp.batch)))
             )
             temporary.replace(self.folder.metrics)
+            self._curve = LossCurve(self.folder.metrics)
 
     def batch_end(self, state: State, logger: Logger) -> None:
         self._flush()
@@ -145,7 +147,7 @@ class MetricsFile(LoggerDestination):  # type: ignore[misc]
     def _draw(self) -> None:
         if self._enabled and self.folder.metrics.exists():
             try:
-                draw_loss_curve(self.folder.metrics, self.folder.loss_curve)
+                self._curve.draw(self.folder.loss_curve)
             except Exception as error:  # no picture is worth a run
                 print(f"warning: {self.folder.loss_curve} was not drawn: {error}", file=sys.stderr, flush=True)
             self._drawn = time.monotonic()

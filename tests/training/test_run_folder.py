@@ -1,3 +1,4 @@
+import gc
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -5,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from llmtrain.training.loss_curve import TRAIN_LOSS, draw_loss_curve, read_metrics, smoothed
+from llmtrain.training.loss_curve import TRAIN_LOSS, LossCurve, draw_loss_curve, read_metrics, smoothed
 from llmtrain.training.run_folder import MetricsFile, RunFolder
 
 EVAL = "metrics/eval/LanguageCrossEntropy"
@@ -73,6 +74,39 @@ def test_the_picture_shows_training_and_evaluation(folder: RunFolder) -> None:
     folder.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
     draw_loss_curve(folder.metrics, folder.loss_curve)
     assert folder.loss_curve.read_bytes() != with_evaluation
+
+
+def test_the_picture_of_a_long_run_reads_what_is_new_alone(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, curve = MetricsFile(folder), LossCurve(folder.metrics)
+    log_run(file, 0, 20)
+    curve.draw(folder.loss_curve)
+    read: list[bytes] = []
+    loads = json.loads
+    monkeypatch.setattr("llmtrain.training.loss_curve.json.loads", lambda line: read.append(line) or loads(line))
+    log_run(file, 20, 22, evaluate_every=99)
+    curve.draw(folder.loss_curve)
+    assert [json.loads(line)["step"] for line in list(read)] == [20, 21, 21, 22]
+    at_once = folder.path / "at-once.png"
+    draw_loss_curve(folder.metrics, at_once)
+    assert at_once.read_bytes() == folder.loss_curve.read_bytes()
+    lines = folder.metrics.read_text().splitlines(keepends=True)
+    folder.metrics.write_text("".join(lines[:9]))  # a run that went back
+    curve.draw(folder.loss_curve)
+    draw_loss_curve(folder.metrics, at_once)
+    assert at_once.read_bytes() == folder.loss_curve.read_bytes()
+
+
+def test_pictures_do_not_pile_up_in_memory(folder: RunFolder) -> None:
+    log_run(MetricsFile(folder), 0, 20)
+    draw_loss_curve(folder.metrics, folder.loss_curve)
+    gc.collect()
+    before = sum(type(each).__name__ == "Figure" for each in gc.get_objects())
+    gc.disable()
+    try:
+        draw_loss_curve(folder.metrics, folder.loss_curve)
+        assert sum(type(each).__name__ == "Figure" for each in gc.get_objects()) == before
+    finally:
+        gc.enable()
 
 
 def test_a_picture_that_cannot_be_drawn_does_not_end_the_run(
