@@ -203,7 +203,12 @@ requeue() {   # why
 at_time_limit() {
     stopping='the time limit is near'
     ask scancel --signal=TERM "$SLURM_JOB_ID"
-    (trap - TERM; sleep $((GRACE > 60 ? GRACE - 40 : GRACE / 3)); requeue "$stopping, and ranks are still busy") &
+    (
+        trap - TERM
+        sleep $((GRACE > 60 ? GRACE - 40 : GRACE / 3))
+        # SLURM may leave this one behind when the script has ended: then the job's next start is running by now.
+        kill -0 $$ 2>/dev/null && requeue "$stopping, and ranks are still busy"
+    ) &
 }
 trap at_time_limit USR1
 # Preempted without a grace period, or cancelled: SLURM sends SIGTERM to the ranks as well. With one, only to the ranks.

@@ -31,6 +31,7 @@ todo=$(cat "do-$start-$RANK" "do-$start" 2>/dev/null | head -n 1)
 case $todo in
     exit*) exit "${todo#exit }" ;;
     kill) kill -9 $$ ;;
+    pause) sleep 30 ;;
     wait) for _ in $(seq 600); do sleep 0.1; done ;;
     hang) trap '' TERM; for _ in $(seq 600); do sleep 0.1; done ;;
 esac
@@ -156,8 +157,8 @@ class Submitted:
         path = self.cwd / "runs" / "x" / f"slurm-{self.id}.out"
         return path.read_text() if path.exists() else ""
 
-    def wait_for(self, what: str, times: int = 1) -> None:
-        self.cluster.wait_until(lambda: self.output().count(what) >= times, what, 30, self.output)
+    def wait_for(self, what: str, times: int = 1, timeout: float = 30) -> None:
+        self.cluster.wait_until(lambda: self.output().count(what) >= times, what, timeout, self.output)
 
     def end(self, timeout: float = 60) -> str:
         """The job's last state; it has left its nodes."""
@@ -233,7 +234,10 @@ def test_near_the_time_limit_it_saves_and_comes_back(
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # SLURM looks for such signals every half a minute; a minute before the end of one minute is at once.
-    job = Submitted(cluster, tmp_path, {"do-0": "wait"}, monkeypatch, time="1", grace=60)
+    job = Submitted(cluster, tmp_path, {"do-0": "wait", "do-1": "pause"}, monkeypatch, time="1", grace=60)
+    job.wait_for("start 2 of this job", timeout=90)
+    cluster.run("scontrol", "update", f"JobId={job.id}", "TimeLimit=60")
+    # The first start would have requeued the job 20 s after the signal. It is over, and this one is not to be ended.
     assert job.end(90) == "COMPLETED", job.output()
     assert job.output().count(" saved\n") == 2
     assert "the time limit is near; the ranks have stopped; back to the queue" in job.output()
