@@ -38,8 +38,9 @@ def _earlier_verdict() -> int | None:
     if not path:
         return None
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        # What is left is of this launch: where the ranks of another host have failed, torchrun starts those of this
+        # one again and does not count that.
         _forget_verdict(Path(path))
-        return None
     try:
         code = int(Path(path).read_text())
     except (OSError, ValueError):

@@ -44,10 +44,21 @@ def test_other_codes_are_tried_again(code: int, tmp_path: Path, monkeypatch: pyt
 
 def test_a_verdict_of_an_earlier_launch_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "verdict").write_text("2")
+    os.utime(tmp_path / "verdict", (1, 1))
     monkeypatch.setenv("LLMTRAIN_VERDICT", str(tmp_path / "verdict"))
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
     trains(monkeypatch, 0)
     assert rank.main(["tiny.yaml"]) == 0
+
+
+def test_a_verdict_of_another_host_counts_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun starts this host's ranks again because the other's have failed, and says that it is the first time."""
+    (tmp_path / "verdict").write_text("2")  # after our launcher was started
+    monkeypatch.setenv("LLMTRAIN_VERDICT", str(tmp_path / "verdict"))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    calls = trains(monkeypatch, 0)
+    assert rank.main(["tiny.yaml"]) == 2
+    assert not calls
 
 
 def test_a_verdict_of_an_earlier_launch_is_not_obeyed_later_either(
