@@ -22,6 +22,7 @@ REPOSITORY = Path(__file__).parent.parent
 PAGE = REPOSITORY / "docs/reliability.md"
 TIMES = REPOSITORY / "runs/faults"
 TESTS = ("tests/faults", "tests/launching/test_two_hosts.py")
+NOT_MEASURED = "**Not measured for this table:**"
 BEGIN, END = "<!-- faults: written by scripts/faults.py -->", "<!-- faults: end -->"
 
 
@@ -72,6 +73,8 @@ def table(measured: Sequence[dict[str, Any]]) -> str:
         on = "" if one["recovered"] is None else f"{one['recovered']:.1f} s"
         cells = [one["fault"], one["outcome"], f"{one['detected']:.1f} s", on, shortened(one["message"])]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    if lacking := missing(one["fault"] for one in rows):
+        lines += ["", f"{NOT_MEASURED} {', '.join(lacking)}."]
     return "\n".join(lines)
 
 
