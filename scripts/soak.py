@@ -90,10 +90,12 @@ def growths(samples: Sequence[Sample], last_step: int, bound: float = BOUND) -> 
         mine = [sample for sample in samples if sample.rank == rank and sample.step >= WARM_UP * last_step]
         if len(mine) < 8:
             raise SystemExit(f"rank {rank}: {len(mine)} samples after the warm-up are too few to say anything")
-        quarter = len(mine) // 4
+        quarter, usual = len(mine) // 4, statistics.median(sample.children for sample in mine)
         for what in (*MEMORY, *COUNTED):
             values = [float(getattr(sample, what)) for sample in mine]
-            slope, error = line([sample.step for sample in mine], values)
+            # An export is a process of its own for some seconds; one that stays is found among the children.
+            seen = [each for each in mine if what != "workers" or each.children <= usual]
+            slope, error = line([each.step for each in seen], [float(getattr(each, what)) for each in seen])
             begins, ends = statistics.median(values[:quarter]), statistics.median(values[-quarter:])
             grew = slope > bound if what in MEMORY else ends > begins + COUNTS
             found.append(Growth(rank, what, begins, ends, slope, error, grew))

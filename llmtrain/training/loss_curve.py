@@ -11,7 +11,7 @@ from pathlib import Path
 TRAIN_LOSS = "loss/train/total"
 SKIPPED = "step/skipped"
 """1 at a step whose update was not applied."""
-MOST_POINTS = 10_000
+MOST_POINTS = 2_000
 """Of the training loss in the picture, which is 960 pixels wide; longer runs show every second, third, ... step."""
 MOST_SOURCES = 6
 """Sources of mixtures that the picture shows; where there are more, metrics.jsonl alone has them."""

@@ -51,6 +51,14 @@ def test_what_the_warm_up_takes_does_not_count(soak: ModuleType) -> None:
     assert grown(soak, samples) == []
 
 
+def test_a_process_that_comes_and_goes_is_no_growth(soak: ModuleType) -> None:
+    """As an export late in the run; loader workers that grow beside it are found."""
+    exports = [replace(s, workers=s.workers + 400_000, children=2) if 900 <= s.step < 930 else s for s in flat(soak)]
+    assert grown(soak, exports) == []
+    growing = [replace(s, workers=s.workers + 12 * s.step) for s in exports]
+    assert grown(soak, growing) == [(0, "workers"), (1, "workers")]
+
+
 @pytest.mark.parametrize("what", ["files", "threads", "segments", "children", "checkpoints"])
 def test_one_more_every_save_is_found(soak: ModuleType, what: str) -> None:
     samples = [replace(s, **{what: getattr(s, what) + s.step // 100}) for s in flat(soak)]
