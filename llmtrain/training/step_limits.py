@@ -45,7 +45,7 @@ class StepLimits:
             return self.patience
         if self.fixed is not None:
             return self.fixed
-        seen = self._seen.get((work, of), ())
-        if len(seen) < ENOUGH:
+        seen = self._seen.get((work, of))
+        if seen is None or len(seen) < ENOUGH:
             return self.patience
         return max(self.floor, TIMES_MEDIAN * statistics.median(seen))

@@ -238,7 +238,7 @@ def test_a_peer_that_failed_ends_a_rank_that_cannot_notice(tmp_path: Path) -> No
 
 def watchdog(tmp_path: Path, hearts: Heartbeats | None = None, **changes: Any) -> Watchdog:
     """Rank 0, whose thread is not started; `limit` is for all that it does."""
-    settings = {"rank": 0, "world": 2, "heart_limit": 40, "ends": False, **changes}
+    settings: dict[str, Any] = {"rank": 0, "world": 2, "heart_limit": 40, "ends": False, **changes}
     limits = StepLimits(None, patience=settings.pop("limit", 600))
     return Watchdog(hearts or Heartbeats(tmp_path), tmp_path, limits, **settings)
 
@@ -327,7 +327,7 @@ class Counting(Heartbeats):
 
 def test_a_thousand_ranks_do_not_read_a_thousand_files_each(tmp_path: Path) -> None:
     hearts = Counting(tmp_path)
-    crowd = {"world": 1000, "rank": 17, "near": range(16, 24)}
+    crowd: dict[str, Any] = {"world": 1000, "rank": 17, "near": range(16, 24)}
     watching = watchdog(tmp_path, hearts, heart_limit=6, **crowd)
     assert watching.heart_limit == 30  # a beat comes every ten seconds
     watching._since -= 20
