@@ -27,6 +27,9 @@ BEGIN, END = "<!-- faults: written by scripts/faults.py -->", "<!-- faults: end 
 
 
 def main(arguments: list[str]) -> int:
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return 0
     keep = "--keep" in arguments
     rest = [argument for argument in arguments if argument != "--keep"]
     if not keep:

@@ -220,6 +220,7 @@ def test_nothing_that_is_done_is_done_again(checkout: Path, first: str) -> None:
     assert {path: path.stat().st_mtime_ns for path in files} == before
 
 
+@pytest.mark.long
 def test_killed_half_way_the_tiny_recipe_ends_with_the_same_weights(checkout: Path, first: str) -> None:
     """The recipe of `make train` itself, shortened, on its real data."""
     recipe = checkout / "yamls/mpt-tiny.yaml"

@@ -20,6 +20,7 @@ from llmtrain.testing.two_hosts import Host, HostProcess, TwoHosts, two_hosts, w
 _WHY_NOT = why_not() if sys.platform == "linux" else "network namespaces are Linux's"
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.gloo_training,
     pytest.mark.skipif(_WHY_NOT is not None, reason=_WHY_NOT or ""),
 ]
@@ -74,10 +75,10 @@ class Hosts:
     ("launcher", "lost", "how"),
     [
         ("torchrun", 1, "killed"),
-        pytest.param("torchrun", 1, "without power", marks=pytest.mark.long),
-        pytest.param("torchrun", 0, "killed", marks=pytest.mark.long),  # where the rendezvous is
-        pytest.param("composer", 1, "killed", marks=pytest.mark.long),
-        pytest.param("composer", 0, "without power", marks=pytest.mark.long),
+        ("torchrun", 1, "without power"),
+        ("torchrun", 0, "killed"),  # where the rendezvous is
+        ("composer", 1, "killed"),
+        ("composer", 0, "without power"),
     ],
 )
 def test_a_lost_host_comes_back_and_no_bit_differs(
@@ -120,7 +121,6 @@ def test_a_lost_host_comes_back_and_no_bit_differs(
     )
 
 
-@pytest.mark.long
 def test_composers_launcher_trains_on_two_hosts(corpus: TinyCorpus, tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path / "composer.yaml", corpus, max_duration="6ba")
     with two_hosts() as pair:
@@ -134,7 +134,6 @@ def test_composers_launcher_trains_on_two_hosts(corpus: TinyCorpus, tmp_path: Pa
     assert (hosts.run / "checkpoints/ep0-ba6/__1_0.distcp").exists()
 
 
-@pytest.mark.long
 def test_the_run_goes_on_without_a_host_that_does_not_come_back(corpus: TinyCorpus, tmp_path: Path) -> None:
     """Elastic: the same global batches on fewer ranks."""
     plain = {"model": {"resid_pdrop": 0.0}}
@@ -165,7 +164,6 @@ def test_the_run_goes_on_without_a_host_that_does_not_come_back(corpus: TinyCorp
     assert list(mine.values()) == pytest.approx(list(theirs.values()), rel=1e-5)
 
 
-@pytest.mark.long
 def test_a_mistake_is_not_tried_again(corpus: TinyCorpus, tmp_path: Path) -> None:
     """Exit code 2 of ranks under torchrun, which restarts whatever failed."""
     recipe = tiny_recipe(tmp_path / "mistake.yaml", corpus, max_duration="6ba")
@@ -178,7 +176,6 @@ def test_a_mistake_is_not_tried_again(corpus: TinyCorpus, tmp_path: Path) -> Non
     assert "Not started again" in output
 
 
-@pytest.mark.long
 def test_sigterm_to_all_hosts_saves_and_the_same_command_continues(corpus: TinyCorpus, tmp_path: Path) -> None:
     """Torchrun sends it to each process of a rank, its data workers too."""
     recipe = tiny_recipe(tmp_path / "term.yaml", corpus, max_duration="200ba", save_interval="1000ba", eval_loader=None)

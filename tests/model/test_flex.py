@@ -94,6 +94,7 @@ def test_float32_is_eager() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_inductors_kernel_reads_the_lists(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled by inductor, FlexAttention computes listed blocks only, on the CPU as well (forward)."""
     monkeypatch.setattr(flex, "LONG", 512)

@@ -434,6 +434,7 @@ def test_another_recipe_replaces_it_only_when_told_to(bucket, texts, tmp_path):
 
 
 @pytest.mark.slow  # each kill costs two starts of Python
+@pytest.mark.long
 def test_killed_and_run_again_only_redoes_what_was_not_finished(bucket, texts, reference, tmp_path):
     keys, expected = reference
     rng = random.Random(11)

@@ -22,6 +22,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.gloo_training
 def test_samples_of_a_sharded_run(corpus: TinyCorpus, tmp_path: Path) -> None:
     recipe = tiny_recipe(

@@ -58,6 +58,7 @@ def left_behind(cwd: Path) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.gloo_training
 def test_a_sharded_run_exports_and_outlives_an_export_that_fails(corpus: TinyCorpus, tmp_path: Path) -> None:
     recipe = recipe_of(

@@ -185,6 +185,7 @@ def test_every_logger_and_callback_in_one_sharded_run(corpus: TinyCorpus, tmp_pa
     assert (run.folder / "loss.png").stat().st_size > 1000
 
 
+@pytest.mark.long
 def test_metrics_do_not_depend_on_batch_size_or_ranks(corpus: TinyCorpus, tmp_path: Path) -> None:
     names = ("LanguageCrossEntropy", "LanguagePerplexity", "TokenAccuracy")
     values = []

@@ -102,7 +102,11 @@ def test_shares_are_those_of_the_samples_so_far(one: Finished, corpus: TinyCorpu
 
 @pytest.mark.slow
 @pytest.mark.gloo_training
-@pytest.mark.parametrize("overrides", [[], ["sequence_parallel_degree=2"]], ids=["two ranks", "a shared sequence"])
+@pytest.mark.parametrize(
+    "overrides",
+    [[], pytest.param(["sequence_parallel_degree=2"], marks=pytest.mark.long)],
+    ids=["two ranks", "a shared sequence"],
+)
 def test_two_ranks_count_and_measure_what_one_does(one: Finished, recipe: Path, overrides: list[str]) -> None:
     run = launch(recipe, ["run_name=two", "save_folder=null", *overrides], ranks=2, cwd=recipe.parent)
     assert run.code == 0, run.output
@@ -124,7 +128,7 @@ def assert_each_source_is_as_alone(run: Finished) -> None:
 
 @pytest.mark.slow
 @pytest.mark.gloo_training
-@pytest.mark.parametrize("batch_size", [4, 5])
+@pytest.mark.parametrize("batch_size", [4, pytest.param(5, marks=pytest.mark.long)])
 def test_loss_of_a_source_is_that_of_an_evaluation_on_it_alone(one: Finished, recipe: Path, batch_size: int) -> None:
     run = one
     if batch_size != 4:
