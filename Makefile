@@ -61,7 +61,7 @@ test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@echo "mypy, and on the other core: compiling what the tests import, which each worker would do for itself"
-	@$(BIN)/python -m pytest -q --collect-only > /dev/null & $(BIN)/mypy; code=$$?; wait; exit $$code
+	@$(BIN)/python -m pytest -q --collect-only $(TEST) > /dev/null & $(BIN)/mypy; code=$$?; wait; exit $$code
 	$(BIN)/python scripts/audit.py
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder -m 'not long' $(TEST)
 

@@ -10,9 +10,9 @@ from pathlib import Path, PurePosixPath
 import xxhash
 
 from llmtrain.checkpoint import manifest
-from llmtrain.checkpoint.one_at_a_time import one_at_a_time
 from llmtrain.checkpoint.remote import LARGEST_MANIFEST, RemoteCheckpoint, RemoteFolder, Unreachable
 from llmtrain.errors import UserError
+from llmtrain.file_lock import one_at_a_time
 from llmtrain.prep.stores.remote_file import RemoteFile
 from llmtrain.prep.stores.retry import persistently
 from llmtrain.prep.stores.store import Changed, StoredFile
@@ -51,7 +51,7 @@ def download(
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with one_at_a_time(folder / LOCK, waits):
+        with one_at_a_time(folder / LOCK, waits, stays=False):
             return _download(remote, there, folder, got)
     except OSError as error:
         free = shutil.disk_usage(folder).free if folder.is_dir() else 0

@@ -1,6 +1,5 @@
 """One cache folder, several runs at once: nobody sees half a file, and nobody deletes what another one counts on."""
 
-import errno
 import fcntl
 import hashlib
 import logging
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtrain.errors import UserError
+from llmtrain.file_lock import has_lock
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def in_turn(folder: Path, file: str, patience: float) -> Iterator[None]:
         return
     try:
         give_up = time.monotonic() + patience
-        while not _locked(lock, fcntl.LOCK_EX):
+        while not has_lock(lock, fcntl.LOCK_EX):
             if time.monotonic() > give_up:
                 log.warning(
                     "%s: another process has been fetching it for %.0f s; fetched twice", folder / file, patience
@@ -82,7 +82,7 @@ class CacheUse:
             if lock is None:
                 continue
             self._locks.append(lock)
-            while not _locked(lock, fcntl.LOCK_EX if alone else fcntl.LOCK_SH):
+            while not has_lock(lock, fcntl.LOCK_EX if alone else fcntl.LOCK_SH):
                 if time.monotonic() < give_up:
                     time.sleep(_NAP)
                     continue
@@ -122,12 +122,3 @@ def _give_back(file: int) -> None:
     with suppress(OSError):  # where the file system knows no locks
         fcntl.flock(file, fcntl.LOCK_UN)
     os.close(file)
-
-
-def _locked(file: int, how: int) -> bool:
-    """Whether the lock was to be had; True where the file system knows no locks."""
-    try:
-        fcntl.flock(file, how | fcntl.LOCK_NB)
-    except OSError as problem:
-        return problem.errno not in (errno.EWOULDBLOCK, errno.EACCES)
-    return True

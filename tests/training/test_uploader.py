@@ -279,26 +279,27 @@ def test_one_that_is_replaced_is_never_half_old_and_half_new(bucket: Any, upload
     assert download(remote, remote.checkpoint("ep0-ba4"), tmp_path / "new") == []
 
 
-def test_a_checkpoint_that_is_damaged_on_the_disk_is_not_sent(bucket: Any, uploads: Any, tmp_path: Path) -> None:
-    remote, there, _ = bucket
-    one, lines = uploads(remote, tmp_path)
+def damaged(uploads: Any, remote: Any, folder: Path) -> tuple[Any, list[str]]:
+    """Uploads that have come to a checkpoint whose last file is damaged, and what they have said."""
+    one, lines = uploads(remote, folder)
     one.start()
-    path = checkpoint(tmp_path, 4)
+    path = checkpoint(folder, 4)
     (path / "__1_0.distcp").write_bytes(b"x" * 5000)
     one.published(path)
     assert one.wait()
+    return one, lines
+
+
+def test_a_checkpoint_that_is_damaged_on_the_disk_is_not_sent(bucket: Any, uploads: Any, tmp_path: Path) -> None:
+    remote, there, _ = bucket
+    _, lines = damaged(uploads, remote, tmp_path)
     assert there.complete() == set()
     assert "ep0-ba4 is not sent: ep0-ba4/__1_0.distcp: hash differs" in lines[0]
 
 
 def test_one_that_is_written_anew_takes_no_file_from_the_one_before(bucket: Any, uploads: Any, tmp_path: Path) -> None:
     remote, there, _ = bucket
-    one, lines = uploads(remote, tmp_path)
-    one.start()
-    path = checkpoint(tmp_path, 4)
-    (path / "__1_0.distcp").write_bytes(b"x" * 5000)
-    one.published(path)
-    assert one.wait()  # the first files have been sent, the last one is damaged
+    one, lines = damaged(uploads, remote, tmp_path)  # the first files have been sent, the last one is damaged
     assert "ep0-ba4/.metadata" in there.files()
     same_content = remote_upload.same_content
     try:

@@ -4,15 +4,12 @@ The others look for what it leaves on disk: a finished folder, or a file that sa
 """
 
 import contextlib
-import errno
-import fcntl
 import json
 import logging
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -112,35 +109,3 @@ def made_by_leader(folders: list[Path], make: Callable[[], None]) -> None:
             raise UserError(reason)
         time.sleep(nap)
         nap = min(nap * 1.5, _LONGEST_NAP)
-
-
-@contextmanager
-def one_at_a_time(lock: Path, waiting: str = "") -> Iterator[None]:
-    """Keep other processes of this machine from the same work. Where files cannot be locked, both do it.
-
-    Args:
-        lock: a file; it stays.
-        waiting: logged where another process is at work.
-    """
-    try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        file = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError:  # a folder that cannot be written: whoever has to write there will say so
-        yield
-        return
-    try:
-        said = False
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError as problem:
-                if problem.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                    break
-                if waiting and not said:
-                    log.warning("%s", waiting)
-                    said = True
-                time.sleep(_LONGEST_NAP if waiting else 0.05)
-        yield
-    finally:
-        os.close(file)

@@ -17,9 +17,9 @@ from streaming.base.world import World
 from llmtrain.conversations.messages import BadExample
 from llmtrain.conversations.rows import Row
 from llmtrain.data.finetuning.config import FinetuningStreamConfig
-from llmtrain.data.finetuning.local_ranks import one_at_a_time
 from llmtrain.data.guarded_streaming import GuardedStream, ShardError
 from llmtrain.data.shards import INDEX, require_index
+from llmtrain.file_lock import one_at_a_time
 from llmtrain.json_text import parse_json
 from llmtrain.redaction import without_password
 
@@ -104,7 +104,8 @@ class MDSRows:
         place = f"{self._folder / name}, row {row}"
         if index not in self._ready:
             if not self._is_there(shard):
-                with one_at_a_time(self._folder / f".{name}.lock"):  # ranks and their workers share the folder
+                # Ranks and their workers share the folder.
+                with one_at_a_time(self._folder / f".{name}.lock", nap=0.05):
                     self._prepare(shard, name)
             self._ready.add(index)
         try:

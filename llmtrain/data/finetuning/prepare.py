@@ -8,6 +8,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -15,12 +16,13 @@ import xxhash
 from rich.console import Console
 
 from llmtrain.conversations.messages import BadExample, Chat, Example
-from llmtrain.data.finetuning.local_ranks import from_leader, gather, made_by_leader, one_at_a_time
+from llmtrain.data.finetuning.local_ranks import from_leader, gather, made_by_leader
 from llmtrain.data.finetuning.progress import counted
 from llmtrain.data.finetuning.sources import Source
 from llmtrain.data.finetuning.store import DamagedStore, ExampleStore, StoreWriter, work_prefix
 from llmtrain.data.finetuning.tokenize_many import Placed, Tokenizes, tokenized
 from llmtrain.errors import UserError
+from llmtrain.file_lock import one_at_a_time
 
 log = logging.getLogger(__name__)
 
@@ -73,8 +75,8 @@ def prepare(
             if folder.is_dir():
                 log.info("%s: tokenized before, in %s", source.describe(), folder)
                 continue
-            waiting = f"{source.describe()}: another run tokenizes it; waiting for it to finish"
-            with one_at_a_time(folder.parent / f".{folder.name}.lock", waiting):
+            waits = partial(log.warning, "%s: another run tokenizes it; waiting for it to finish", source.describe())
+            with one_at_a_time(folder.parent / f".{folder.name}.lock", waits, nap=0.5):
                 if not folder.is_dir():
                     # Of a run that was killed; other machines may be at work beside this one, where locks are local.
                     for left in folder.parent.glob(f"{glob.escape(work_prefix(folder))}*.tmp"):
