@@ -5,7 +5,6 @@ The others look for what it leaves on disk: a finished folder, or a file that sa
 
 import contextlib
 import json
-import logging
 import os
 import time
 import uuid
@@ -17,8 +16,6 @@ from typing import Any, TypeVar
 from torch import distributed as dist
 
 from llmtrain.errors import UserError
-
-log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
