@@ -8,6 +8,7 @@ from pathlib import Path
 from llmtrain.errors import UserError
 from llmtrain.launching.node_rank import complete_environment
 from llmtrain.redaction import redact_output
+from llmtrain.training import interruption
 from llmtrain.training.exit_codes import USER_ERROR
 from llmtrain.trust import require_all, take_flag
 
@@ -26,6 +27,11 @@ def main(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0].startswith("-") or "=" in arguments[0]:
         print(USAGE, file=sys.stderr)
         return USER_ERROR
+    with interruption.ends_this_process():
+        return _train(arguments)
+
+
+def _train(arguments: Sequence[str]) -> int:
     # Before training starts all ranks of a node fail the same way, and one of them says why.
     speaks = os.environ.get("LOCAL_RANK", "0") == "0"
     recipe = None
@@ -41,6 +47,7 @@ def main(arguments: Sequence[str]) -> int:
         from llmtrain.training import watching
         from llmtrain.training.train import train
 
+        interruption.leave_it_to_the_thread()
         watching.this_process_is_a_rank()
         code: int = train(recipe)
         watching.stop()

@@ -10,6 +10,8 @@ BAD_STEPS = 3
 """Stopped by the recipe's `bad_steps`. Starting again does not help."""
 LOST_CONTACT = 75
 """The watchdog ended a hang, or a peer is gone. Starting again helps (sysexits.h: EX_TEMPFAIL)."""
+INTERRUPTED = 130
+"""Ctrl-C (SIGINT): 128 + 2. Nothing was saved; the same command goes on from the newest checkpoint."""
 PREEMPTED = 143
 """SIGTERM, after a checkpoint: 128 + 15. The same command continues."""
 

@@ -1,0 +1,46 @@
+"""Ctrl-C in a real run."""
+
+import re
+import signal
+from pathlib import Path
+
+import pytest
+
+from llmtrain.checkpoint import manifest
+from llmtrain.testing.corpus import TinyCorpus
+from llmtrain.testing.launch import Run, launch
+from llmtrain.testing.recipe import tiny_recipe
+from llmtrain.training.exit_codes import INTERRUPTED
+
+pytestmark = [pytest.mark.slow, pytest.mark.gloo_training]
+
+
+def test_one_line_and_one_code_and_the_run_goes_on_later(corpus: TinyCorpus, tmp_path: Path) -> None:
+    """All processes of a terminal get the signal; data workers are among them."""
+    recipe = tiny_recipe(tmp_path / "r.yaml", corpus, max_duration="30ba", save_interval="5ba", eval_loader=None)
+    run = Run(recipe, ["train_loader.num_workers=1"], ranks=2, cwd=tmp_path)
+    run.wait_for("ep0-ba5  ")
+    run.send(signal.SIGINT)
+    finished = run.wait(60)
+    assert finished.codes == (INTERRUPTED, INTERRUPTED), finished.output
+    said = [line for line in finished.output.splitlines() if "Ctrl-C" in line]
+    assert len(said) == 1, finished.output
+    assert re.fullmatch(r"stopped     Ctrl-C after step \d+: the same command goes on .*", said[0])
+    assert finished.output.rstrip().endswith(said[0])
+    assert not re.search("Traceback|error", finished.output)
+    assert manifest.verify(run.folder / "checkpoints/latest") == []
+    again = launch(recipe, ["train_loader.num_workers=1"], ranks=2, cwd=tmp_path)
+    assert again.code == 0, again.output
+    assert max(again.metrics("loss/train/total")) == 29  # counted from 0
+
+
+@pytest.mark.long
+def test_one_rank_alone(corpus: TinyCorpus, tmp_path: Path) -> None:
+    settings = {"max_duration": "2000ba", "save_interval": "5ba", "eval_loader": None}
+    run = Run(tiny_recipe(tmp_path / "r.yaml", corpus, **settings), ranks=2, cwd=tmp_path)
+    run.wait_for("ep0-ba5  ")
+    run.send(signal.SIGINT, [1])
+    finished = run.wait(60)
+    assert finished.codes[1] == INTERRUPTED, finished.output
+    assert "because rank 1 failed: Ctrl-C (SIGINT)" in finished.output
+    assert "Traceback" not in finished.output
