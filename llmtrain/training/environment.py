@@ -65,7 +65,7 @@ def threads_of_a_rank() -> int | None:
     """
     if "OMP_NUM_THREADS" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
         return None
-    return max(1, available_cores() // dist.get_local_world_size())
+    return max(1, available_cores() // int(dist.get_local_world_size()))
 
 
 def set_allocator(recipe: Recipe) -> None:
