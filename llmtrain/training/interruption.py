@@ -15,6 +15,9 @@ from contextlib import contextmanager
 from llmtrain.training.exit_codes import INTERRUPTED
 from llmtrain.training.rank_process import end_now
 
+_STOP = b"\0"
+"""No signal has this number."""
+
 
 @contextmanager
 def ends_this_process() -> Iterator[None]:
@@ -26,7 +29,7 @@ def ends_this_process() -> Iterator[None]:
     """
     in_main = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGINT)
-    if not in_main or handler == signal.SIG_IGN:
+    if not in_main or handler in (signal.SIG_IGN, None):
         yield
         return
     numbers, wakeup = os.pipe()
@@ -41,8 +44,9 @@ def ends_this_process() -> Iterator[None]:
     finally:
         signal.signal(signal.SIGINT, handler)
         signal.set_wakeup_fd(before)
-        os.close(wakeup)  # the thread reads that there is nothing more to come
+        os.write(wakeup, _STOP)  # closing it would not do: data workers have inherited it
         listener.join()
+        os.close(wakeup)
         os.close(numbers)
 
 
@@ -67,7 +71,7 @@ def _of_children() -> None:
 
 
 def _listen(numbers: int) -> None:
-    while number := os.read(numbers, 1):
+    while (number := os.read(numbers, 1)) != _STOP:
         if number[0] == signal.SIGINT:
             _end()
 

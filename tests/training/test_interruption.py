@@ -2,6 +2,8 @@
 
 import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,3 +46,18 @@ def test_one_rank_alone(corpus: TinyCorpus, tmp_path: Path) -> None:
     assert finished.codes[1] == INTERRUPTED, finished.output
     assert "because rank 1 failed: Ctrl-C (SIGINT)" in finished.output
     assert "Traceback" not in finished.output
+
+
+def test_a_process_that_has_forked_does_not_wait_for_its_children() -> None:
+    """They hold whatever was open, for as long as they live."""
+    script = """
+import os, signal, time
+from llmtrain.training import interruption
+with interruption.ends_this_process():
+    if (child := os.fork()) == 0:
+        time.sleep(600)
+print("on")
+os.kill(child, signal.SIGKILL)
+"""
+    done = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert done.stdout == "on\n"
