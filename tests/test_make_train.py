@@ -1,10 +1,11 @@
 """`make train` and `make twins` as a newcomer meets them, from raw text to a model that chats. And killed half-way.
 
-Everything is real. The runs are shorter than their recipes say: the first half as long, the others a few steps, and in
-the long tests again as long as they need to learn.
+Everything is real. The runs are shorter than their recipes say: the first a tenth, the others a few steps, and in the
+long tests again as long as they need to learn: the first half as long.
 """
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -28,7 +29,7 @@ ASKED = [
     *("json.dumps", "shutil.copytree", "random.choice", "os.path.join", "re.compile", "argparse.ArgumentParser"),
     *("math.sqrt", "json.load", "time.sleep", "socket.socket", "textwrap.wrap", "copy.deepcopy"),
 ]
-STEPS = 280
+STEPS = 60
 RECIPES = {"instruct": "yamls/mpt-tiny-instruct.yaml", "chat": "yamls/mpt-tiny-chat.yaml"}
 BEFORE_AN_ANSWER = {"instruct": "### Response:", "chat": "<|im_start|>assistant"}
 ROWS = {"instruct": 4096, "chat": 4224}  # of the embedding: chat's is grown, to a multiple of 128
@@ -66,9 +67,17 @@ def first(checkout: Path) -> str:
     return make("train", checkout, f"OVERRIDES=max_duration={STEPS}ba")
 
 
-def tune(checkout: Path, prefix: str, **overrides: list[str]) -> dict[str, Finished]:
+@pytest.fixture(scope="module")
+def learned(checkout: Path, first: str) -> Finished:
+    """The same recipe, half as long as it says."""
+    run = launch(checkout / "yamls/mpt-tiny.yaml", ["run_name=learned", "max_duration=280ba"], ranks=2, cwd=checkout)
+    assert run.code == 0, run.output
+    return run
+
+
+def tune(checkout: Path, prefix: str, base: str, **overrides: list[str]) -> dict[str, Finished]:
     """What `make twins` does after `make train`, in processes that need not import everything anew."""
-    runs, base = {}, "runs/mpt-tiny"
+    runs = {}
     for name, recipe in RECIPES.items():
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(checkout)
@@ -85,13 +94,13 @@ def tune(checkout: Path, prefix: str, **overrides: list[str]) -> dict[str, Finis
 def begun(checkout: Path, first: str) -> dict[str, Finished]:
     """The fine-tuning runs, after a few steps."""
     few = ["max_duration=6ba", "eval_interval=6ba"]
-    return tune(checkout, "begun", instruct=few, chat=few)
+    return tune(checkout, "begun", "runs/mpt-tiny", instruct=few, chat=few)
 
 
 @pytest.fixture(scope="module")
-def tuned(checkout: Path, first: str) -> dict[str, Finished]:
+def tuned(checkout: Path, learned: Finished) -> dict[str, Finished]:
     """The fine-tuning runs, long enough to learn something after half a base run."""
-    return tune(checkout, "tuned", instruct=["max_duration=1ep"], chat=["max_duration=2ep"])
+    return tune(checkout, "tuned", "runs/learned", instruct=["max_duration=1ep"], chat=["max_duration=2ep"])
 
 
 def test_make_twins_goes_on_with_these_recipes(checkout: Path) -> None:
@@ -103,10 +112,17 @@ def test_make_twins_goes_on_with_these_recipes(checkout: Path) -> None:
         assert f"llmtrain export runs/mpt-tiny-{name} runs/mpt-tiny-{name}/export" in three[2]
 
 
-def test_validation_loss_falls_clearly_below_the_unigram_entropy(checkout: Path, first: str) -> None:
-    entropy = json.loads((checkout / "data/tiny/prep.json").read_text())["splits"]["val"]["unigram_entropy_nats"]
+def test_validation_loss_falls_from_that_of_a_guess(checkout: Path, first: str) -> None:
     losses = read_metric(checkout / "runs/mpt-tiny", "metrics/eval/LanguageCrossEntropy")
-    assert min(losses) == 0  # before the first step, too
+    assert sorted(losses) == [0, STEPS]
+    assert losses[0] == pytest.approx(math.log(4096), abs=0.1)
+    assert losses[STEPS] < losses[0] - 1.5, losses
+
+
+@pytest.mark.long
+def test_validation_loss_falls_clearly_below_the_unigram_entropy(checkout: Path, learned: Finished) -> None:
+    entropy = json.loads((checkout / "data/tiny/prep.json").read_text())["splits"]["val"]["unigram_entropy_nats"]
+    losses = learned.metrics("metrics/eval/LanguageCrossEntropy")
     assert losses[max(losses)] < entropy - 1.0, f"{losses} against {entropy}"
 
 
@@ -243,7 +259,8 @@ def test_ctrl_c_stops_the_launcher_and_the_run_continues(checkout: Path, first: 
     """SIGTERM to the real launcher, as a scheduler sends it."""
     from llmtrain.testing.launch import launcher_command
 
-    overrides = ["max_duration=30ba", "run_name=stopped", "console_log_interval=1ba", "eval_first=false"]
+    few = ["max_duration=10ba", "scheduler.t_warmup=2ba", "console_log_interval=1ba", "eval_first=false"]
+    overrides = ["run_name=stopped", *few]
     command = launcher_command(checkout / "yamls/mpt-tiny.yaml", overrides, ranks=2)
     process = subprocess.Popen(
         command, cwd=checkout, env=launcher_environment(), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True

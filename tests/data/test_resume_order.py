@@ -238,7 +238,7 @@ def in_order(ranks, how):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "how",
-    ["random", "per_stream", *(pytest.param(how, marks=pytest.mark.long) for how in ("one folder", "stratified"))],
+    ["per_stream", *(pytest.param(how, marks=pytest.mark.long) for how in ("one folder", "random", "stratified"))],
 )
 def test_real_ranks_read_the_same_order_and_resume_each_others_states(corpus, how):
     streams = {"a": {"local": str(corpus.train), "proportion": 3}, "b": {"local": str(corpus.val), "proportion": 1}}

@@ -234,7 +234,10 @@ LINE = 'Ein langer Satz, der "wörtlich" immer wiederkehrt, bis auf Nummer %d.\n
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["txt", "txt.gz", "jsonl", "jsonl.zst", "parquet"])
+@pytest.mark.parametrize(
+    "kind",
+    ["txt", "jsonl", "parquet", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("txt.gz", "jsonl.zst"))],
+)
 def test_memory_does_not_grow_with_the_document(tmp_path, kind):
     sizes = {"small": 1 << 21, "large": 200_000_000}
     for name, size in sizes.items():

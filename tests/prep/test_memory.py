@@ -63,7 +63,8 @@ def test_a_corpus_ten_times_as_large_takes_no_more(tmp_path, tokenizer):
     assert found[100] < MOST_MB
 
 
-@pytest.mark.parametrize("cut", ["stream", pytest.param("documents", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("cut", ["stream", "documents"])
 def test_a_document_of_200_mb_takes_no_more_than_one_of_10(tmp_path, tokenizer, cut):
     found = {}
     path = tmp_path / "long.txt"

@@ -416,6 +416,7 @@ def test_from_there_and_to_there_is_the_same_as_here(out, texts, reference, tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_another_recipe_replaces_it_only_when_told_to(bucket, texts, tmp_path):
     keys = {"tokenizer": {"train": {"vocab_size": 300}}, "max_seq_len": 64, "size_limit": 20_000}
     file = recipe(tmp_path, keys, texts, f"{bucket}/out")
@@ -488,6 +489,7 @@ def test_connections_that_break_cost_retries_not_the_run(bucket, s3, texts, refe
     same_output(f"{bucket}/out", expected)
 
 
+@pytest.mark.long
 def test_ranks_share_a_remote_output(bucket, texts, reference, tmp_path):
     keys, expected = reference
     file = recipe(tmp_path, keys, texts, f"{bucket}/out")

@@ -65,6 +65,7 @@ def test_what_fails_each_time_is_the_users_message_and_the_rerun_goes_on(corpus,
 
 @needs_java
 @pytest.mark.slow
+@pytest.mark.long
 def test_workers_import_llmtrain_prep_alone(corpus, tmp_path):
     """Of the heavy libraries, nothing that a worker did not need to tokenise."""
     (tmp_path / "look.py").write_text(

@@ -79,6 +79,7 @@ def test_two_ranks_with_a_sequence_train_what_one_does(shared: Finished, alone: 
     assert "sample      step 6  The" in shared.output
 
 
+@pytest.mark.long
 def test_two_groups_of_two_ranks_and_data_parallel_gradients(recipe: Path, alone: Finished) -> None:
     run = launch(recipe, [SHARED, "run_name=groups", "device_eval_batch_size=2"], ranks=4, cwd=recipe.parent)
     assert_same(run, alone)

@@ -211,11 +211,11 @@ def test_an_error_of_one_rank_is_named_with_its_rank(recipe: Path, corpus: TinyC
     from llmtrain.prep.run import run as prepare
 
     source = SourceConfig(
-        name="topics", files=["{stdlib}/pydoc_data/topics.py"], format="python_literals", max_bytes=300_000
+        name="topics", files=["{stdlib}/pydoc_data/topics.py"], format="python_literals", max_bytes=60_000
     )
     tokenizer = PrepTokenizer(name=str(corpus.tokenizer))
     data = PrepRecipe(
-        out=str(tmp_path / "data"), max_seq_len=64, tokenizer=tokenizer, sources=[source], size_limit=8192
+        out=str(tmp_path / "data"), max_seq_len=64, tokenizer=tokenizer, sources=[source], size_limit=2048
     )
     prepare(data, Console(quiet=True))
     shards = sorted((tmp_path / "data/train").glob("shard.*"))
