@@ -11,7 +11,7 @@ from pathlib import Path
 TRAIN_LOSS = "loss/train/total"
 SKIPPED = "step/skipped"
 """1 at a step whose update was not applied."""
-MOST_POINTS = 2_000
+MOST_POINTS = 1_000
 """Of the training loss in the picture, which is 960 pixels wide; longer runs show every second, third, ... step."""
 MOST_SOURCES = 6
 """Sources of mixtures that the picture shows; where there are more, metrics.jsonl alone has them."""
@@ -28,13 +28,21 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     return rows
 
 
-def smoothed(values: list[float], weight: float = 0.95) -> list[float]:
-    """Exponential moving average with bias correction, so that the start is not pulled to zero."""
-    average, out = 0.0, []
-    for i, value in enumerate(values, 1):
-        average = weight * average + (1 - weight) * value
-        out.append(average / (1 - weight**i))
-    return out
+class Smoothed:
+    """Exponential moving average with bias correction, so that the start is not pulled to zero.
+
+    Args:
+        weight: of what was before.
+    """
+
+    def __init__(self, weight: float = 0.95) -> None:
+        self._weight, self._average, self._seen = weight, 0.0, 0
+
+    def next(self, value: float) -> float:
+        """The average, this value among the others."""
+        self._seen += 1
+        self._average = self._weight * self._average + (1 - self._weight) * value
+        return self._average / (1 - self._weight**self._seen)
 
 
 def draw_loss_curve(metrics: Path, picture: Path) -> None:
@@ -57,7 +65,8 @@ class LossCurve:
 
     def _forget(self) -> None:
         self._read = 0
-        self._steps, self._losses, self._skipped = array("d"), array("d"), array("d")
+        self._steps, self._losses, self._smooth, self._skipped = (array("d") for _ in range(4))
+        self._average = Smoothed()
         self._evaluations: dict[str, tuple[array[float], array[float]]] = {}
 
     def read_on(self) -> None:
@@ -80,6 +89,7 @@ class LossCurve:
         elif TRAIN_LOSS in row and math.isfinite(row[TRAIN_LOSS]):
             self._steps.append(row["step"])
             self._losses.append(row[TRAIN_LOSS])
+            self._smooth.append(self._average.next(row[TRAIN_LOSS]))
         for key, value in row.items():
             if key.startswith("metrics/") and key.endswith("/LanguageCrossEntropy"):
                 label = key.removeprefix("metrics/").removesuffix("/LanguageCrossEntropy")
@@ -104,11 +114,9 @@ class LossCurve:
         figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
         if self._steps:
             every = -(-len(self._steps) // MOST_POINTS)
-            steps, smooth = self._steps[::every], smoothed(list(self._losses))[::every]
-            axes.plot(
-                steps, self._losses[::every], color="tab:blue", alpha=0.25, linewidth=0.8, label="train, each step"
-            )
-            axes.plot(steps, smooth, color="tab:blue", label="train, smoothed")
+            steps, losses = self._steps[::every], self._losses[::every]
+            axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8, label="train, each step")
+            axes.plot(steps, self._smooth[::every], color="tab:blue", label="train, smoothed")
         for i, step in enumerate(self._skipped):
             axes.axvline(step, color="tab:red", alpha=0.4, linewidth=0.8, label="no update" if i == 0 else None)
         sources = [label for label in sorted(evals) if label.rpartition("/")[0] in evals]

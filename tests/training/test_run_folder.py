@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from llmtrain.training.loss_curve import TRAIN_LOSS, LossCurve, draw_loss_curve, read_metrics, smoothed
+from llmtrain.training.loss_curve import TRAIN_LOSS, LossCurve, Smoothed, draw_loss_curve, read_metrics
 from llmtrain.training.run_folder import MetricsFile, RunFolder
 
 EVAL = "metrics/eval/LanguageCrossEntropy"
@@ -120,8 +120,9 @@ def test_a_picture_that_cannot_be_drawn_does_not_end_the_run(
 
 
 def test_smoothing_neither_starts_at_zero_nor_leaves_the_range() -> None:
-    assert smoothed([7.0] * 5) == pytest.approx([7.0] * 5)
-    values = smoothed([9.0, 8.0, 7.0, 6.0])
+    same, falling = Smoothed(), Smoothed()
+    assert [same.next(7.0) for _ in range(5)] == pytest.approx([7.0] * 5)
+    values = [falling.next(value) for value in (9.0, 8.0, 7.0, 6.0)]
     assert values[0] == pytest.approx(9.0)
     assert sorted(values, reverse=True) == values
     assert 6.0 < values[-1] < 9.0
