@@ -255,7 +255,8 @@ def test_killed_half_way_the_tiny_recipe_ends_with_the_same_weights(checkout: Pa
     assert same_state(whole.folder / name, again.folder / name) >= 20 * 4  # value, two moments, step count
 
 
-def test_ctrl_c_stops_the_launcher_and_the_run_continues(checkout: Path, first: str) -> None:
+@pytest.mark.long
+def test_sigterm_stops_the_launcher_and_the_run_continues(checkout: Path, first: str) -> None:
     """SIGTERM to the real launcher, as a scheduler sends it."""
     from llmtrain.testing.launch import launcher_command
 

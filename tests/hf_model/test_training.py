@@ -105,6 +105,7 @@ def test_a_killed_run_continues_bit_for_bit(
     assert (names == {n for n in names if ".lora_" in n} | {"frozen_weights_hash"}) is adapters
 
 
+@pytest.mark.long
 def test_adapters_refuse_another_base_and_go_on_on_any_number_of_ranks(corpus: TinyCorpus, tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path / "run.yaml", corpus, "llama", {"peft_config": LORA})
     whole = run(recipe, "run_name=whole", ranks=1)

@@ -135,7 +135,7 @@ os._exit(left == 10_000)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("older", "every"),
-    [(True, 3), pytest.param(True, 1, marks=pytest.mark.long), pytest.param(False, 1, marks=pytest.mark.long)],
+    [(True, 5), pytest.param(True, 1, marks=pytest.mark.long), pytest.param(False, 1, marks=pytest.mark.long)],
 )
 def test_killed_between_any_two_steps_of_publishing(corpus, digest, older, every):
     changes = {"partition_bytes": 500_000}

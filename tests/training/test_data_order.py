@@ -23,6 +23,7 @@ pathlib.Path(name).write_text(tempfile.gettempdir() + " " + multiprocessing.get_
 """For `code_paths`: where the run's temporary files go, and how its ranks start processes."""
 
 
+@pytest.mark.long
 def test_subset_of_an_epoch_is_not_longer_after_a_resume(corpus: TinyCorpus, tmp_path: Path) -> None:
     loader: dict[str, Any] = {
         "name": "text",

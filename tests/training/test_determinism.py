@@ -46,6 +46,12 @@ def test_what_is_set_and_only_where_it_is_asked_for(corpus: TinyCorpus, tmp_path
     recipe = tiny_recipe(tmp_path / "run.yaml", corpus)
     assert settings(recipe, "deterministic=true") == "True False True False :4096:8 1"
     assert settings(recipe) == "False True False True None None"
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_what_the_environment_says_is_kept(corpus: TinyCorpus, tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path / "run.yaml", corpus)
     said = settings(recipe, "deterministic=true", CUBLAS_WORKSPACE_CONFIG=":0:0")
     assert "CUBLAS_WORKSPACE_CONFIG=:0:0" in said
 

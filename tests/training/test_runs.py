@@ -141,6 +141,7 @@ def test_full_checkpoints_of_a_sharded_run_resume_bit_for_bit(
     assert whole.metrics(LOSS) == again.metrics(LOSS)
 
 
+@pytest.mark.long
 def test_weights_of_another_run_start_a_new_one(corpus: TinyCorpus, tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path / "base.yaml", corpus, model=plain(corpus), eval_subset_num_batches=-1)
     base = launch(recipe, ranks=2, cwd=tmp_path)
