@@ -17,6 +17,8 @@ from llmtrain.training.rank_process import end_now
 
 _STOP = b"\0"
 """No signal has this number."""
+_LAST_WORD = 5.0
+"""Seconds to tell the others; a shared folder that hangs may take for ever."""
 
 
 @contextmanager
@@ -85,8 +87,11 @@ def _end() -> None:
         watchdog.ending.set()  # it need not find a reason; neither need the main thread, which may see peers go
         after = f" after step {watchdog.step}"
     if os.environ.get("RANK", "0") == "0":
-        line = f"stopped     Ctrl-C{after}: the same command goes on from the newest checkpoint (SIGTERM saves first)"
-        print(line, file=sys.stderr, flush=True)
+        again = "the same command goes on from the newest checkpoint, if there is one (SIGTERM saves first)"
+        print(f"stopped     Ctrl-C{after}: {again}", file=sys.stderr, flush=True)
+    end = threading.Timer(_LAST_WORD, end_now, [INTERRUPTED])
+    end.daemon = True
+    end.start()
     if watchdog is not None:
         watchdog.failed("Ctrl-C (SIGINT)", INTERRUPTED)
     end_now(INTERRUPTED)
