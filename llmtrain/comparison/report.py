@@ -10,10 +10,10 @@ from rich.text import Text
 
 from llmtrain.comparison.differences import MISSING, differences
 from llmtrain.comparison.run import TRAIN, Point, Run
+from llmtrain.training.loss_curve import Smoothed
 
 LONGEST_VALUE = 40
 """Characters of a recipe's value in a table; the JSON has all."""
-SMOOTHING = 0.95
 
 
 @dataclass(frozen=True)
@@ -69,13 +69,10 @@ def compare(runs: Sequence[Run]) -> Comparison:
     )
 
 
-def smooth(points: Sequence[Point], weight: float = SMOOTHING) -> list[Point]:
+def smooth(points: Sequence[Point]) -> list[Point]:
     """Exponential moving average with bias correction."""
-    average, out = 0.0, []
-    for n, point in enumerate(points, 1):
-        average = weight * average + (1 - weight) * point.value
-        out.append(point._replace(value=average / (1 - weight**n)))
-    return out
+    average = Smoothed()
+    return [point._replace(value=average.next(point.value)) for point in points]
 
 
 def show(console: Console, found: Comparison) -> None:

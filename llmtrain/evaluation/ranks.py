@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from llmtrain.cores import available_cores
+from llmtrain.cores import threads_of_a_rank
 from llmtrain.errors import UserError
 
 T = TypeVar("T")
@@ -109,9 +109,9 @@ def start(device: str | None = None, timeout: float = TIMEOUT) -> Ranks:
     if place.type == "cuda":
         torch.cuda.set_device(place)
     else:
-        # Each rank would start a thread for each core, and ranks would take the cores from each other.
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", str(world)))
-        torch.set_num_threads(max(1, min(torch.get_num_threads(), available_cores() // here)))
+        threads = threads_of_a_rank(int(os.environ.get("LOCAL_WORLD_SIZE", str(world))))
+        if threads is not None:
+            torch.set_num_threads(threads)
     if mine:
         # gloo beside nccl: objects are gathered on the CPU, and small sums too
         backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"

@@ -15,7 +15,7 @@ import yaml
 from composer.devices import DeviceCPU, DeviceGPU
 from composer.utils import dist, reproducibility
 
-from llmtrain.cores import available_cores
+from llmtrain.cores import threads_of_a_rank
 from llmtrain.hf_model.model import HFCausalLM
 from llmtrain.model.kernels.denormals import NOTE, flush_denormals, flushed
 from llmtrain.recipe.batch import BatchPlan
@@ -49,23 +49,13 @@ def start(recipe: Recipe) -> torch.device:
     if not dist.is_initialized():
         dist.initialize_dist(DeviceGPU() if device.type == "cuda" else DeviceCPU(), recipe.dist_timeout)
     if device.type == "cpu":
-        if (threads := threads_of_a_rank()) is not None:
+        if (threads := threads_of_a_rank(int(dist.get_local_world_size()))) is not None:
             torch.set_num_threads(threads)
         keep_freed_memory()
     set_logging(recipe)
     own_temporary_folder()
     run_code_paths(recipe.code_paths)
     return device
-
-
-def threads_of_a_rank() -> int | None:
-    """Its share of the cores: ranks that start a thread for each core take them from each other.
-
-    None where whoever started the run has said it (OMP_NUM_THREADS); torchrun always says 1, which is no wish.
-    """
-    if "OMP_NUM_THREADS" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
-        return None
-    return max(1, available_cores() // int(dist.get_local_world_size()))
 
 
 def set_allocator(recipe: Recipe) -> None:

@@ -5,17 +5,15 @@ import logging
 import os
 import re
 import sys
-import threading
 import time
 import traceback
-from contextlib import suppress
 from pathlib import Path
 
 from llmtrain.errors import UserError
 from llmtrain.redaction import redact_text
 from llmtrain.training import watching
 from llmtrain.training.exit_codes import FAILED, LOST_CONTACT, USER_ERROR
-from llmtrain.training.rank_process import end_now
+from llmtrain.training.rank_process import end_within
 from llmtrain.training.watchdog import following
 
 FAILURES = "failures"
@@ -126,7 +124,7 @@ def report(error: Exception, run: Path) -> int:
     text = "".join(traceback.format_exception(error))
     if logging.getLogger("llmtrain").isEnabledFor(logging.DEBUG):
         print(text, file=sys.stderr, flush=True)
-    _end_within(_LAST_WORD, getattr(error, "exit_code", FAILED))
+    end_within(_LAST_WORD, getattr(error, "exit_code", FAILED))
     if is_consequence(error):
         if watchdog is not None:
             first, ranks = watchdog.first_cause()
@@ -156,14 +154,3 @@ def report(error: Exception, run: Path) -> int:
         who = "all ranks" if agreed else f"rank {rank}"
         print(f"error ({who}, after step {step}): {cause}", file=sys.stderr, flush=True)
     return code
-
-
-def _end_within(seconds: float, code: int) -> None:
-    """Ends this process for certain."""
-
-    def end() -> None:
-        time.sleep(seconds)
-        end_now(code)
-
-    with suppress(RuntimeError):  # a process without memory cannot start a thread; its launcher ends it
-        threading.Thread(target=end, daemon=True).start()

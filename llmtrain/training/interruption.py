@@ -9,11 +9,12 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from llmtrain.training.exit_codes import INTERRUPTED
-from llmtrain.training.rank_process import end_now
+from llmtrain.training.rank_process import end_now, end_within
 
 _STOP = b"\0"
 """No signal has this number."""
@@ -29,11 +30,10 @@ def ends_this_process() -> Iterator[None]:
     a library that takes the exception for its own. So a thread waits for the signal's number, which Python's handler
     writes to a file at once, wherever the main thread is.
     """
-    in_main = threading.current_thread() is threading.main_thread()
-    handler = signal.getsignal(signal.SIGINT)
-    if not in_main or handler in (signal.SIG_IGN, None):
+    if not _is_ours():
         yield
         return
+    handler = signal.getsignal(signal.SIGINT)
     numbers, wakeup = os.pipe()
     os.set_blocking(wakeup, False)
     leave_it_to_the_thread()
@@ -54,8 +54,14 @@ def ends_this_process() -> Iterator[None]:
 
 def leave_it_to_the_thread() -> None:
     """Once more after imports: Composer's installs a handler that raises SystemExit, and says nothing."""
-    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    if _is_ours():
         signal.signal(signal.SIGINT, _nothing)
+
+
+def _is_ours() -> bool:
+    """Whether the signal may be taken here: Python lets the main thread alone, and who ignores it wants that."""
+    in_main = threading.current_thread() is threading.main_thread()
+    return in_main and signal.getsignal(signal.SIGINT) not in (signal.SIG_IGN, None)
 
 
 def _nothing(*_: object) -> None: ...
@@ -88,10 +94,19 @@ def _end() -> None:
         after = f" after step {watchdog.step}"
     if os.environ.get("RANK", "0") == "0":
         again = "the same command goes on from the newest checkpoint, if there is one (SIGTERM saves first)"
-        print(f"stopped     Ctrl-C{after}: {again}", file=sys.stderr, flush=True)
-    end = threading.Timer(_LAST_WORD, end_now, [INTERRUPTED])
-    end.daemon = True
-    end.start()
+        _last_line(f"stopped     Ctrl-C{after}: {again}")
+    end_within(_LAST_WORD, INTERRUPTED)
     if watchdog is not None:
         watchdog.failed("Ctrl-C (SIGINT)", INTERRUPTED)
     end_now(INTERRUPTED)
+
+
+def _last_line(line: str) -> None:
+    """Prints it; what other threads print from here on is not seen: the main thread goes on until the process ends."""
+    with suppress(OSError):
+        word = os.dup(2)
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
+        time.sleep(0.05)  # a line that is being written now
+        os.write(word, f"\n{line}\n".encode())  # behind the ^C of a terminal, or half a line of the main thread

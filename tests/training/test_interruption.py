@@ -61,3 +61,22 @@ os.kill(child, signal.SIGKILL)
 """
     done = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, timeout=60, check=False)
     assert done.stdout == "on\n"
+
+
+def test_nothing_is_printed_behind_the_line() -> None:
+    """The main thread goes on until the process ends; what it says then would hide what the user shall read."""
+    script = """
+import sys
+from llmtrain.training import interruption
+with interruption.ends_this_process():
+    print("ready", flush=True)
+    while True:
+        print("train", file=sys.stderr, flush=True)
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdout=-1, stderr=-1, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == INTERRUPTED
+    assert said.rstrip().splitlines()[-1].startswith("stopped     Ctrl-C: ")

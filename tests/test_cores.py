@@ -1,8 +1,8 @@
-"""What a process is told before it trains."""
+"""Threads of a rank."""
 
 import pytest
 
-from llmtrain.training import environment
+from llmtrain import cores
 
 
 @pytest.mark.parametrize(
@@ -20,6 +20,5 @@ def test_a_rank_takes_its_share_of_the_cores_unless_told_otherwise(
         monkeypatch.delenv(name, raising=False)
     for name, value in said.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    monkeypatch.setattr(environment, "available_cores", lambda: 8)
-    assert environment.threads_of_a_rank() == (4 if threads else None)
+    monkeypatch.setattr(cores, "available_cores", lambda: 8)
+    assert cores.threads_of_a_rank(2) == (4 if threads else None)
