@@ -60,9 +60,9 @@ storywriter: train
 test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	@echo "mypy, and on the other core: compiling what the tests import, which each worker would do for itself"
-	@$(BIN)/python -m pytest -q --collect-only $(TEST) > /dev/null & $(BIN)/mypy; code=$$?; wait; exit $$code
-	$(BIN)/python scripts/audit.py
+	@echo "mypy and the audit, and on the other core: compiling what the tests import, which each worker would do"
+	@$(BIN)/python -m pytest -q --collect-only $(TEST) > /dev/null & $(BIN)/python scripts/audit.py & audit=$$!; \
+		$(BIN)/mypy; code=$$?; wait $$audit || code=1; wait; exit $$code
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder -m 'not long' $(TEST)
 
 test-long: setup

@@ -14,6 +14,7 @@ os.environ.setdefault("WANDB_MODE", "offline")
 
 import torch
 
+from llmtrain.garbage import importing
 from llmtrain.testing.corpus import TinyCorpus, tiny_corpus
 from llmtrain.testing.ranks import GLOO_AVERAGES_GRADIENTS
 from llmtrain.testing.remote import s3_server
@@ -28,6 +29,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Modules that take long begin first, so that no worker is left with one at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: (item.path.name != "test_make_train.py", item.path not in slow))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Each worker imports all tests, and with them all of torch and Composer."""
+    with importing():
+        return (yield)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

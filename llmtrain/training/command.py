@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llmtrain.errors import UserError
+from llmtrain.garbage import importing
 from llmtrain.launching.node_rank import complete_environment
 from llmtrain.redaction import redact_output
 from llmtrain.training import interruption
@@ -38,14 +39,16 @@ def _train(arguments: Sequence[str]) -> int:
     try:
         if os.environ.get("RANK", "0") == "0":
             print(f"start       {arguments[0]}: importing torch and Composer", file=sys.stderr, flush=True)
-        from llmtrain.recipe.load import load_recipe
+        with importing():
+            from llmtrain.recipe.load import load_recipe
 
         loaded = load_recipe(arguments[0], arguments[1:])
         require_all(loaded.model_dump(mode="json"))
         recipe = loaded  # from here on ranks may differ in what goes wrong
 
-        from llmtrain.training import watching
-        from llmtrain.training.train import train
+        with importing():
+            from llmtrain.training import watching
+            from llmtrain.training.train import train
 
         interruption.leave_it_to_the_thread()
         watching.this_process_is_a_rank()

@@ -1,12 +1,12 @@
 """The loss-curve picture of a run."""
 
-import gc
 import json
 import math
 from array import array
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
+
+from llmtrain.garbage import collected_afterwards
 
 TRAIN_LOSS = "loss/train/total"
 SKIPPED = "step/skipped"
@@ -101,7 +101,7 @@ class LossCurve:
         """Draws what there is by now; nothing where there is neither a loss nor an evaluation."""
         self.read_on()
         if self._steps or self._evaluations:
-            with _garbage_collected():
+            with collected_afterwards():
                 self._draw(picture)
 
     def _draw(self, picture: Path) -> None:
@@ -111,7 +111,9 @@ class LossCurve:
         import matplotlib.pyplot as plt
 
         evals = self._evaluations
-        figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+        figure, axes = plt.subplots(figsize=(8, 4.5))
+        # A layout that matplotlib works out draws all text twice: half of the time that a picture takes.
+        figure.subplots_adjust(left=0.1, right=0.98, bottom=0.11, top=0.93)
         if self._steps:
             every = -(-len(self._steps) // MOST_POINTS)
             steps, losses = self._steps[::every], self._losses[::every]
@@ -138,21 +140,3 @@ class LossCurve:
         figure.savefig(temporary, dpi=120)
         plt.close(figure)
         temporary.replace(picture)
-
-
-@contextmanager
-def _garbage_collected() -> Iterator[None]:
-    """Frees the cycles that are made inside, at once and without a look at all other objects of the process.
-
-    A figure of matplotlib is 3 MB of them. Python looks for cycles among objects that have lived for a while when these
-    have become a quarter more, and a training process has a million: figures would pile up to hundreds of MB.
-    """
-    ours = gc.get_freeze_count() == 0
-    if ours:
-        gc.freeze()
-    try:
-        yield
-    finally:
-        if ours:
-            gc.collect()
-            gc.unfreeze()

@@ -219,6 +219,7 @@ def test_a_lost_split_and_a_shortened_index_are_found_by_the_manifest(tmp_path, 
     assert "web/val/index.json: is missing; prep.json says 20 rows" in said
 
 
+@pytest.mark.long
 def test_streamings_own_shards_in_every_compression_and_encoding(tmp_path, ids):
     cases = [(compression, "ndarray:int32") for compression in (None, "gz", "bz2:1", "br:1", "zstd", "snappy")]
     for compression, encoding in [*cases, (None, "ndarray"), (None, f"ndarray:int32:{SEQ}"), (None, "bytes")]:

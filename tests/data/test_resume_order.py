@@ -235,11 +235,8 @@ def in_order(ranks, how):
     return [tuple(np.stack(batches, axis=1).flatten().tolist()) for batches in together]  # one row each, in turn
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "how",
-    ["per_stream", *(pytest.param(how, marks=pytest.mark.long) for how in ("one folder", "random", "stratified"))],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("how", ["per_stream", "one folder", "random", "stratified"])
 def test_real_ranks_read_the_same_order_and_resume_each_others_states(corpus, how):
     streams = {"a": {"local": str(corpus.train), "proportion": 3}, "b": {"local": str(corpus.val), "proportion": 1}}
     dataset = {"local": str(corpus.train)} if how == "one folder" else {"streams": streams, "batching_method": how}

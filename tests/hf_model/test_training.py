@@ -50,7 +50,12 @@ def run(recipe: Path, *overrides: str, ranks: int) -> Finished:
         pytest.param("qwen3", {}, {}, marks=pytest.mark.long),
         ("gpt_neox", {}, {"fsdp_config": {"sharding_strategy": "SHARD_GRAD_OP", "activation_checkpointing": True}}),
         pytest.param("gemma2", {"init_device": "cpu"}, {}, marks=pytest.mark.long),  # capped logits, tied
-        ("llama", {"peft_config": LORA}, {"fsdp_config": {"activation_checkpointing": True}}),
+        pytest.param(
+            "llama",
+            {"peft_config": LORA},
+            {"fsdp_config": {"activation_checkpointing": True}},
+            marks=pytest.mark.long,
+        ),
         pytest.param("llama", {"peft_config": LORA, "frozen_dtype": "bfloat16"}, {}, marks=pytest.mark.long),
         pytest.param(
             "llama",

@@ -267,6 +267,7 @@ def test_starts_without_heavy_imports(tmp_path, chats):
     assert done.stdout.splitlines()[-1] == "HEAVY []"
 
 
+@pytest.mark.long
 def test_tiny_recipes_hold_out_the_same_names(tmp_path):
     """The chat twin is trained after the instruct twin: what one is examined on, the other must not learn."""
     asked = {}

@@ -55,6 +55,7 @@ def test_after_a_failure_only_what_is_missing_is_made(corpus, digest, monkeypatc
     assert all((corpus.out / "train" / name).stat().st_mtime_ns == time for name, time in done.items())
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_recipe_in_a_pipeline_of_the_users(corpus, digest, tmp_path, monkeypatch):
     stage = FailingStage(corpus, monkeypatch)
@@ -101,6 +102,7 @@ def test_the_writer_gives_the_bytes_of_partitions_of_the_same_documents(corpus, 
     assert content["splits"] == json.loads((corpus.folder / "reference" / "prep.json").read_text())["splits"]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_writer_behind_a_filter_splits_by_id_and_reruns_what_failed(corpus, digest, tmp_path, small_tokenizer):
     def pipeline(out, filtered=True):

@@ -53,6 +53,7 @@ def corpus(path: Path, megabytes: int) -> str:
     return str(path)
 
 
+@pytest.mark.long
 def test_a_corpus_ten_times_as_large_takes_no_more(tmp_path, tokenizer):
     found = {}
     for size in (10, 100):

@@ -79,7 +79,7 @@ def test_a_failure_is_one_line_and_leaves_its_traceback(
 ) -> None:
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("SOME_TOKEN", "hunter2hunter2")
-    monkeypatch.setattr(failures, "_end_within", lambda *_: None)
+    monkeypatch.setattr(failures, "end_within", lambda *_: None)
     assert watching.current() is None
     with pytest.raises(RuntimeError) as raised:
         raise RuntimeError("shape mismatch with hunter2hunter2")
@@ -102,7 +102,7 @@ def test_a_failure_is_one_line_and_leaves_its_traceback(
 def test_what_all_ranks_know_is_told_by_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(failures, "_end_within", lambda *_: None)
+    monkeypatch.setattr(failures, "end_within", lambda *_: None)
 
     def full() -> None:
         raise OSError(28, "No space left on device")
@@ -122,7 +122,7 @@ def test_what_all_ranks_know_is_told_by_one(
 def test_a_folder_that_cannot_be_written_does_not_hide_the_failure(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(failures, "_end_within", lambda *_: None)
+    monkeypatch.setattr(failures, "end_within", lambda *_: None)
     monkeypatch.setitem(os.environ, "RANK", "0")
     (tmp_path / "run").touch()
     assert report(RuntimeError("broken"), tmp_path / "run") == FAILED

@@ -132,6 +132,7 @@ def test_tensorboard_writes_into_the_run_folder(tmp_path: Path) -> None:
     assert b"planted-secret" not in written
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_mlflow_defaults_to_sqlite_beside_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)

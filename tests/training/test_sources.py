@@ -138,6 +138,7 @@ def test_loss_of_a_source_is_that_of_an_evaluation_on_it_alone(one: Finished, re
     assert not run.metrics("metrics/eval/big/big/LanguageCrossEntropy")  # one source is no mixture
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.gloo_training
 def test_a_resumed_run_goes_on_counting(one: Finished, recipe: Path) -> None:

@@ -131,6 +131,7 @@ def test_load_path_continues_another_run_and_says_where(recipe: Path, base: Fini
     refused(go(recipe, "run_name=b", f"load_path={broken}/checkpoints/ep0-ba4"), "is damaged", "hash differs")
 
 
+@pytest.mark.long
 def test_full_and_sharded_checkpoints_find_each_other(recipe: Path, base: Finished) -> None:
     full = ["fsdp_config.state_dict_type=full"]
     made = go(recipe, *full, "run_name=full")
