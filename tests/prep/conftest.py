@@ -59,6 +59,19 @@ class Corpus:
     def partial(self):
         return self.out.parent / ".out.partial"
 
+    def finished_shards(self):
+        """Time of each shard of an unfinished output whose partition is finished.
+
+        Others may be there: of a partition that was ended after its files had got their names. It is made again.
+        """
+        found = {}
+        for marker in self.partial.rglob("done/tokens/*.json"):
+            for split, made in json.loads(marker.read_text())["splits"].items():
+                for shard in made["shards"]:
+                    name = f"{split}/{(shard['zip_data'] or shard['raw_data'])['basename']}"
+                    found[name] = (self.partial / name).stat().st_mtime_ns
+        return found
+
     def recipe(self, **changes):
         return PrepRecipe.model_validate({**self.base, **changes})
 
