@@ -174,6 +174,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_two_real_ranks_see_the_batches_of_one(loader, corpus, tmp_path):
     one = ids_of(loader(batch_size=GLOBAL_BATCH, shuffle=True))

@@ -45,6 +45,7 @@ def test_a_lost_worker_leaves_no_trace(corpus, digest, monkeypatch):
     assert digest(corpus.out) == reference
 
 
+@pytest.mark.long
 @needs_java
 @pytest.mark.slow
 def test_what_fails_each_time_is_the_users_message_and_the_rerun_goes_on(corpus, digest, monkeypatch):
