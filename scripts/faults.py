@@ -92,7 +92,7 @@ def heading(rows: Sequence[dict[str, Any]]) -> str:
     return (
         f"{len(rows)} faults, each of them named (or got over) within {LIMIT:.0f} s, measured on "
         f"{' and '.join(dates)} with `python scripts/faults.py`: Python {platform.python_version()}, {versions}; "
-        f"{os.cpu_count()} cores, {memory:.0f} GB of memory, no GPU. Other work ran beside it: the load was "
+        f"{os.cpu_count()} cores, {memory:.0f} GB of memory, no GPU. Its own work included, the load was "
         f"{loads[0]:.0f} to {loads[-1]:.0f}, {loads[len(loads) // 2]:.0f} in the middle."
     )
 
